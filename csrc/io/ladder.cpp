@@ -1,0 +1,50 @@
+#include "io/ladder.h"
+
+#include <algorithm>
+
+#include "common/error.h"
+
+namespace nexus {
+namespace {
+
+// 16 MiB in flight saturates every disk measured; deeper queues only delay what is urgent.
+constexpr int kUringDepth = kLargestDefaultDepth;
+// A thread is a stack and a wake-up; eight keep an NVMe disk busy with 1 MiB reads.
+constexpr int kThreadsDepth = 8;
+// Page cache copies are bound by memory, not by the number of requests.
+constexpr int kMmapDepth = 2;
+
+int depth_or(const ReadMode& mode, int standard) { return mode.depth > 0 ? mode.depth : standard; }
+
+}  // namespace
+
+Rung prepare_files(const std::vector<std::unique_ptr<File>>& files, const ReadMode& mode) {
+  Rung rung;
+  rung.io = mode.io;
+  if (mode.io == "mmap") {
+    for (const auto& file : files) file->enable_mapping();
+  } else if (mode.io == "direct") {
+    for (const auto& file : files) {
+      if (file->enable_direct()) continue;
+      rung.io = "buffered";
+      rung.refusal = concat("O_DIRECT is refused for ", file->path(), ": ", file->refusal());
+    }
+  } else if (mode.io != "buffered") {
+    fail("ConfigError", "io must be \"direct\", \"buffered\" or \"mmap\", got \"", mode.io, "\".");
+  }
+  return rung;
+}
+
+void make_reader(Rung& rung, const ReadMode& mode, const Buffers& buffers) {
+  if (rung.io == "mmap") {
+    rung.reader = make_mmap_reader(depth_or(mode, kMmapDepth), mode.trailing_drop);
+    return;
+  }
+  if (rung.io == "direct" && mode.allow_uring) {
+    rung.reader = make_uring_reader(depth_or(mode, kUringDepth), buffers, rung.refusal);
+    if (rung.reader != nullptr) return;
+  }
+  rung.reader = make_threads_reader(depth_or(mode, kThreadsDepth), mode.trailing_drop);
+}
+
+}  // namespace nexus

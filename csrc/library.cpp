@@ -1,0 +1,209 @@
+// Every schema on one page, and the thin glue between torch's stable ABI and the engine. Nothing
+// else includes torch. Fakes and wrappers: nexus_ext/ops.py.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#pragma GCC diagnostic pop
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "common/error.h"
+#include "common/xxh3.h"
+#include "io/measure.h"
+#include "io/page_cache.h"
+#include "python_module.h"
+#include "stream/registry.h"
+
+using torch::stable::Tensor;
+
+namespace nexus {
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+std::byte* bytes_of(const Tensor& tensor) {
+  return static_cast<std::byte*>(tensor.mutable_data_ptr());
+}
+
+ReadMode read_mode(const std::string& io, bool allow_uring, bool trailing_drop, int64_t depth,
+                   int64_t chunk_bytes) {
+  return {io, allow_uring, trailing_drop, static_cast<int>(depth), chunk_bytes};
+}
+
+FaultPlan fault_plan(const Ints& faults) {
+  return {faults.at(0), faults.at(1), faults.at(2), faults.at(3),
+          faults.at(4), faults.at(5), faults.at(6)};
+}
+
+// --- acquire_ ---------------------------------------------------------------------------------
+
+// `dep` orders the call after the computation that produced it; its values are not looked at.
+void acquire_(const Tensor& arena, const Tensor& dep, const Tensor& group_id, int64_t engine) {
+  (void)dep;
+  const int64_t group = *static_cast<const int64_t*>(group_id.const_data_ptr());
+  find_engine(engine)->acquire(static_cast<int>(group), bytes_of(arena), arena.numel());
+}
+
+// --- the engine ---------------------------------------------------------------------------------
+
+int64_t engine_open(std::vector<std::string> paths, Ints stamps, std::string io, bool allow_uring,
+                    bool trailing_drop, int64_t depth, int64_t chunk_bytes, bool poison,
+                    Ints faults) {
+  std::vector<std::unique_ptr<File>> files;
+  for (size_t i = 0; i < paths.size(); ++i) {
+    const int64_t* stamp = &stamps.at(4 * i);
+    files.push_back(
+        std::make_unique<File>(paths[i], Stamp{stamp[0], stamp[1], stamp[2], stamp[3]}));
+  }
+  EngineOptions options;
+  options.mode = read_mode(io, allow_uring, trailing_drop, depth, chunk_bytes);
+  options.poison = poison;
+  options.has_faults = !faults.empty();
+  if (options.has_faults) options.faults = fault_plan(faults);
+  return register_engine(std::make_shared<Engine>(std::move(files), std::move(options)));
+}
+
+void engine_attach(int64_t engine, std::vector<Tensor> arenas, Ints groups, Ints extents,
+                   Ints order, int64_t lookahead) {
+  std::vector<ArenaMemory> memory;
+  for (const Tensor& arena : arenas) {
+    memory.push_back({std::make_shared<Tensor>(arena), bytes_of(arena), arena.numel()});
+  }
+  std::vector<GroupSpec> specs;
+  for (size_t i = 0; i < groups.size(); i += 2) {
+    specs.push_back({static_cast<int>(groups[i]), groups.at(i + 1), {}});
+  }
+  for (size_t i = 0; i < extents.size(); i += 5) {
+    specs.at(static_cast<size_t>(extents[i]))
+        .extents.push_back({static_cast<int>(extents.at(i + 1)), extents.at(i + 2),
+                            extents.at(i + 3), extents.at(i + 4)});
+  }
+  find_engine(engine)->attach(std::move(memory), specs, {order.begin(), order.end()},
+                              static_cast<int>(lookahead));
+}
+
+void engine_set_digests(int64_t engine, Ints digests, std::string verify) {
+  const Verify mode = verify == "always"  ? Verify::kAlways
+                      : verify == "first" ? Verify::kFirst
+                                          : Verify::kOff;
+  find_engine(engine)->set_digests({digests.begin(), digests.end()}, mode);
+}
+
+int64_t engine_digest(int64_t engine, int64_t group) {
+  return static_cast<int64_t>(find_engine(engine)->digest_of(static_cast<int>(group)));
+}
+
+void engine_wait(int64_t engine, int64_t group) {
+  find_engine(engine)->wait_resident(static_cast<int>(group));
+}
+
+void engine_end_pass(int64_t engine) { find_engine(engine)->end_pass(); }
+
+void engine_prefault(int64_t engine, bool background) { find_engine(engine)->prefault(background); }
+
+Tensor engine_map(int64_t engine, int64_t file, int64_t offset, int64_t nbytes) {
+  std::shared_ptr<std::byte> mapping = find_engine(engine)->mapping_of(static_cast<int>(file));
+  if (mapping == nullptr) fail("EngineError", "Only files opened with io=\"mmap\" are mapped.");
+  const int64_t sizes[] = {nbytes};
+  const int64_t strides[] = {1};
+  std::byte* begin = mapping.get() + offset;
+  return torch::stable::from_blob(
+      begin, {sizes, 1}, {strides, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+      torch::headeronly::ScalarType::Byte, [mapping](void*) mutable { mapping.reset(); });
+}
+
+std::string engine_stats(int64_t engine) { return find_engine(engine)->stats(); }
+
+void engine_close(int64_t engine) {
+  if (const std::shared_ptr<Engine> found = unregister_engine(engine)) {
+    if (found->is_in_this_process()) found->close();
+  }
+}
+
+// --- the machine --------------------------------------------------------------------------------
+
+std::string measure(std::string path, std::string io, bool allow_uring, int64_t depth,
+                    int64_t chunk_bytes, int64_t max_bytes) {
+  return measure_read(path, read_mode(io, allow_uring, true, depth, chunk_bytes), max_bytes);
+}
+
+int64_t file_cached_bytes(std::string path) {
+  const int descriptor = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+  struct stat info;
+  if (descriptor < 0 || fstat(descriptor, &info) != 0) {
+    fail("ReadError", "A file must be readable; cannot open ", path, ": ", std::strerror(errno));
+  }
+  const int64_t cached = info.st_size == 0 ? 0 : cached_bytes(descriptor, info.st_size);
+  close(descriptor);
+  return cached;
+}
+
+int64_t xxh3(const Tensor& data) {
+  return static_cast<int64_t>(
+      xxh3_64(data.const_data_ptr(),
+              static_cast<size_t>(data.numel()) * static_cast<size_t>(data.element_size())));
+}
+
+}  // namespace
+}  // namespace nexus
+
+STABLE_TORCH_LIBRARY(nexus, m) {
+  nexus::interrupted = &nexus::check_python_signals;
+
+  // Makes `arena` hold group `group_id` (a 0-dim int64 CPU tensor), and frees the arena of the
+  // group acquired before. Blocks the host until the bytes are there. Mutates the arena, and says
+  // so.
+  m.def("acquire_(Tensor(a!) arena, Tensor dep, Tensor group_id, int engine) -> ()");
+
+  // stamps: device, inode, size, mtime_ns per path. faults: the fields of FaultPlan, or empty.
+  m.def(
+      "engine_open(str[] paths, int[] stamps, str io, bool allow_uring, bool trailing_drop, "
+      "int depth, int chunk_bytes, bool poison, int[] faults) -> int");
+  // groups: arena, nbytes per group. extents: group, file, offset, nbytes, group_offset per extent.
+  m.def(
+      "engine_attach(int engine, Tensor[] arenas, int[] groups, int[] extents, int[] order, "
+      "int lookahead) -> ()");
+  m.def("engine_set_digests(int engine, int[] digests, str verify) -> ()");
+  m.def("engine_digest(int engine, int group) -> int");
+  m.def("engine_wait(int engine, int group) -> ()");
+  m.def("engine_end_pass(int engine) -> ()");
+  m.def("engine_prefault(int engine, bool background) -> ()");
+  m.def("engine_map(int engine, int file, int offset, int nbytes) -> Tensor");
+  m.def("engine_stats(int engine) -> str");
+  m.def("engine_close(int engine) -> ()");
+
+  m.def(
+      "measure_read(str path, str io, bool allow_uring, int depth, int chunk_bytes, "
+      "int max_bytes) -> str");
+  m.def("cached_bytes(str path) -> int");
+  m.def("xxh3(Tensor data) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nexus, CPU, m) {
+  m.impl("acquire_", TORCH_BOX(&nexus::acquire_));
+  m.impl("xxh3", TORCH_BOX(&nexus::xxh3));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nexus, CompositeExplicitAutograd, m) {
+  m.impl("engine_open", TORCH_BOX(&nexus::engine_open));
+  m.impl("engine_attach", TORCH_BOX(&nexus::engine_attach));
+  m.impl("engine_set_digests", TORCH_BOX(&nexus::engine_set_digests));
+  m.impl("engine_digest", TORCH_BOX(&nexus::engine_digest));
+  m.impl("engine_wait", TORCH_BOX(&nexus::engine_wait));
+  m.impl("engine_end_pass", TORCH_BOX(&nexus::engine_end_pass));
+  m.impl("engine_prefault", TORCH_BOX(&nexus::engine_prefault));
+  m.impl("engine_map", TORCH_BOX(&nexus::engine_map));
+  m.impl("engine_stats", TORCH_BOX(&nexus::engine_stats));
+  m.impl("engine_close", TORCH_BOX(&nexus::engine_close));
+  m.impl("measure_read", TORCH_BOX(&nexus::measure));
+  m.impl("cached_bytes", TORCH_BOX(&nexus::file_cached_bytes));
+}

@@ -1,0 +1,398 @@
+// The caller's side of the engine: acquire, release, and what to load next.
+#include "stream/engine.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <utility>
+
+#include "common/error.h"
+#include "common/json.h"
+#include "io/page_cache.h"
+
+namespace nexus {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+int64_t since_ns(Clock::time_point begin) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
+}
+
+// How often a waiting caller looks for Ctrl-C.
+constexpr std::chrono::milliseconds kInterruptPoll{50};
+
+bool never_interrupted() { return false; }
+
+bool lies_in(const std::byte* data, const File& file) {
+  return file.mapping() != nullptr && data >= file.mapping() && data < file.mapping() + file.size();
+}
+
+}  // namespace
+
+bool (*interrupted)() = &never_interrupted;
+
+Engine::Engine(std::vector<std::unique_ptr<File>> files, EngineOptions options)
+    : process_(getpid()), files_(std::move(files)), options_(std::move(options)) {
+  rung_ = prepare_files(files_, options_.mode);
+  device_ = make_cpu_device();
+}
+
+Engine::~Engine() {
+  if (!is_in_this_process()) {
+    // The thread, and whoever held the mutex, stayed in the parent.
+    if (thread_.joinable()) thread_.detach();
+    if (prefault_thread_.joinable()) prefault_thread_.detach();
+    (void)rung_.reader.release();
+    return;
+  }
+  close();
+}
+
+void Engine::attach(std::vector<ArenaMemory> arenas, const std::vector<GroupSpec>& groups,
+                    const std::vector<int>& order, int lookahead) {
+  std::unique_lock lock(mutex_);
+  check_usable();
+  if (thread_.joinable()) fail("EngineError", "An engine is attached once; open another one.");
+  for (ArenaMemory& memory : arenas) {
+    Arena& arena = arenas_.emplace_back();
+    arena.memory = std::move(memory);
+    arena.is_view = std::any_of(files_.begin(), files_.end(), [&](const auto& file) {
+      return lies_in(arena.memory.data, *file);
+    });
+  }
+  int64_t largest_slot = 0;
+  for (const GroupSpec& spec : groups) {
+    Group& group = groups_.emplace_back();
+    group.arena = spec.arena;
+    group.nbytes = spec.nbytes;
+    const std::byte* base = arenas_.at(static_cast<size_t>(spec.arena)).memory.data;
+    for (const Extent& extent : spec.extents) {
+      const File& file = *files_.at(static_cast<size_t>(extent.file));
+      cut(extent, base, file.alignment(), options_.mode.chunk_bytes, group.pieces);
+      largest_slot =
+          std::max(largest_slot, slot_bytes(file.alignment(), options_.mode.chunk_bytes));
+      if (std::find(group.files.begin(), group.files.end(), extent.file) == group.files.end()) {
+        group.files.push_back(extent.file);
+      }
+    }
+  }
+  order_ = order;
+  lookahead_ = lookahead;
+  claims_.resize(arenas_.size());
+  for (size_t i = 0; i < order_.size(); ++i) {
+    groups_.at(static_cast<size_t>(order_[i])).position = static_cast<int>(i);
+  }
+  for (int i = 0; i < static_cast<int>(groups_.size()); ++i) {
+    if (group_at(i).position < 0) residents_.push_back(i);
+  }
+  open_reader(largest_slot);
+  schedule();
+  thread_ = std::thread([this] { run(); });
+}
+
+void Engine::open_reader(int64_t largest_slot) {
+  const bool is_staged = std::any_of(groups_.begin(), groups_.end(), [](const Group& group) {
+    return std::any_of(group.pieces.begin(), group.pieces.end(),
+                       [](const Piece& piece) { return piece.staged; });
+  });
+  Buffers buffers;
+  for (const int group : order_) {
+    Arena& arena = arena_of(group);
+    const std::span<std::byte> memory(arena.memory.data, static_cast<size_t>(arena.memory.nbytes));
+    if (std::none_of(buffers.begin(), buffers.end(),
+                     [&](const auto& known) { return known.data() == memory.data(); })) {
+      buffers.push_back(memory);
+    }
+  }
+  if (is_staged) {
+    staging_ = std::make_unique<Staging>(std::max(options_.mode.depth, kLargestDefaultDepth),
+                                         largest_slot);
+    buffers.push_back(staging_->memory());
+  }
+  make_reader(rung_, options_.mode, buffers);
+  if (options_.has_faults) {
+    rung_.reader = make_faulty_reader(std::move(rung_.reader), options_.faults, &fault_counts_);
+  }
+  chunks_.resize(static_cast<size_t>(rung_.reader->depth()));
+}
+
+void Engine::set_digests(const std::vector<uint64_t>& digests, Verify verify) {
+  std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < digests.size(); ++i) groups_.at(i).digest = digests[i];
+  verify_ = verify;
+}
+
+void Engine::acquire(int group, const std::byte* arena, int64_t nbytes) {
+  std::unique_lock lock(mutex_);
+  check_usable();
+  check_arena(group, arena, nbytes);
+  check_thread();
+  release_current(group);
+  current_ = group;
+  if (group_at(group).position >= 0) {
+    position_ = group_at(group).position;
+  }
+  await(lock, group);
+  held_generation_ = arena_of(group).generation;
+}
+
+void Engine::wait_resident(int group) {
+  std::unique_lock lock(mutex_);
+  check_usable();
+  await(lock, group);
+}
+
+void Engine::end_pass() {
+  std::lock_guard lock(mutex_);
+  owner_ = {};
+}
+
+bool Engine::is_in_this_process() const { return getpid() == process_; }
+
+void Engine::check_usable() const {
+  if (!is_in_this_process()) {
+    fail("ForkedEngine",
+         "An engine does not survive fork; this is a child process. Stream the model in the child, "
+         "or start processes with the spawn method.");
+  }
+  if (is_closing_) {
+    fail("EngineClosed", "This model's engine was closed. Stream the model again to use it.");
+  }
+}
+
+// Two threads inside one model would free each other's arenas.
+void Engine::check_thread() {
+  if (order_.empty()) return;
+  const std::thread::id me = std::this_thread::get_id();
+  const bool is_mid_pass = current_ >= 0 && current_ != static_cast<int>(groups_.size()) - 1;
+  if (owner_ != std::thread::id() && owner_ != me && is_mid_pass) {
+    owner_ = {};
+    fail("ThreadConflict",
+         "One streamed model runs in one thread at a time; a second thread asked for a group while "
+         "the first was in the middle of a pass. Serialise the calls, or stream one model per "
+         "thread.");
+  }
+  owner_ = me;
+}
+
+void Engine::check_arena(int group, const std::byte* arena, int64_t nbytes) const {
+  if (group < 0 || group >= static_cast<int>(groups_.size())) {
+    fail("EngineError", "A group id lies in [0, ", groups_.size(), "), got ", group, ".");
+  }
+  const ArenaMemory& memory = arenas_[static_cast<size_t>(group_at(group).arena)].memory;
+  if (arena != memory.data || nbytes != memory.nbytes) {
+    fail("EngineError", "acquire_ takes the arena that group ", group, " was attached with (",
+         memory.nbytes, " bytes), got another tensor of ", nbytes, " bytes.");
+  }
+}
+
+// Everything enqueued by the caller so far has finished with the arena of the group before.
+void Engine::release_current(int next) {
+  if (current_ < 0 || current_ == next) return;
+  Arena& arena = arena_of(current_);
+  // A failed or interrupted acquire held nothing.
+  if (arena.group != current_ || arena.state != State::kLanded) return;
+  if (arena.generation != held_generation_) {
+    fail("EngineError", "An arena was refilled while group ", current_, " was in use (generation ",
+         held_generation_, " became ", arena.generation,
+         "). The output is wrong; this is a defect of nexus_ext, please report it.");
+  }
+  const Group& group = group_at(current_);
+  if (group.position < 0) return;
+  if (options_.poison && !arena.is_view) {
+    device_->poison(arena.memory.data, arena.memory.nbytes);
+    arena.state = State::kEmpty;
+    arena.group = -1;
+  }
+  if (arena.is_view) {
+    // Present pages cost a look; absent ones are read ahead again.
+    arena.state = State::kEmpty;
+    left_behind_.push_back(current_);
+  }
+}
+
+// Waits on the host until the bytes of `group` stand in its arena. Counts the time as stall.
+void Engine::await(std::unique_lock<std::mutex>& lock, int group) {
+  Arena& arena = arena_of(group);
+  const bool was_expected =
+      arena.group == group && (arena.state == State::kLoading || arena.state == State::kLanded);
+  if (arena.group == group && arena.state == State::kLanded) {
+    ++(group_at(group).position < 0 ? counters_.num_resident_hits : counters_.num_hits);
+    schedule();
+    return;
+  }
+  if (!was_expected) {
+    if (arena.group != group) ++counters_.num_mispredicted;
+    begin(arena, group);
+  }
+  schedule();
+  ++counters_.num_waits;
+  const Clock::time_point began = Clock::now();
+  while (arena.state == State::kLoading && !is_closing_) {
+    if (landed_.wait_for(lock, kInterruptPoll) != std::cv_status::timeout) continue;
+    lock.unlock();
+    const bool gives_up = interrupted();
+    lock.lock();
+    if (gives_up) fail("Interrupted", "interrupted while waiting for group ", group);
+  }
+  counters_.stall_ns += since_ns(began);
+  check_usable();
+  // The arena stays failed: asking again reads again.
+  if (arena.state == State::kFailed) throw std::runtime_error(arena.error);
+}
+
+// What the I/O thread should work on, most urgent first: the group being waited for, residents not
+// yet read, then the groups that come next, as far as their arenas are free.
+void Engine::schedule() {
+  queue_.clear();
+  ++num_schedules_;
+  if (current_ >= 0) want(current_);
+  std::erase_if(residents_, [this](int group) { return arena_of(group).state == State::kLanded; });
+  for (const int group : residents_) want(group);
+  const int num_streamed = static_cast<int>(order_.size());
+  // Before the first pass every arena is free.
+  const int ahead = std::min(position_ < 0 ? lookahead_ + 1 : lookahead_, num_streamed);
+  for (int step = 1; step <= ahead; ++step) {
+    want(order_[static_cast<size_t>((position_ + step) % num_streamed)]);
+  }
+  if (!queue_.empty() || !left_behind_.empty()) work_.notify_one();
+}
+
+// Puts a group into the queue unless its arena is spoken for: by the group in use, or by one that
+// comes earlier. It is this claim, and not arithmetic on numbers, that keeps arenas apart.
+void Engine::want(int group) {
+  const auto index = static_cast<size_t>(group_at(group).arena);
+  if (claims_[index] == num_schedules_) return;
+  claims_[index] = num_schedules_;
+  Arena& arena = arenas_[index];
+  // A group that failed is read again when it is asked for, and not before.
+  const bool has_failed = arena.group == group && arena.state == State::kFailed;
+  const bool is_there = arena.group == group && arena.state != State::kEmpty;
+  if (!is_there && !has_failed) begin(arena, group);
+  if (arena.state == State::kLoading && arena.load->has_next()) queue_.push_back(index);
+}
+
+// Gives the arena a new task. See Note [Arenas have generations].
+void Engine::begin(Arena& arena, int group) {
+  const Group& next = group_at(group);
+  ++arena.generation;
+  arena.stale_in_flight += std::exchange(arena.in_flight, 0);
+  arena.group = group;
+  arena.state = State::kLoading;
+  arena.is_retry = false;
+  const bool is_hashed =
+      next.digest.has_value() && (verify_ == Verify::kAlways || !next.is_verified);
+  arena.load = std::make_shared<Load>(next, is_hashed && verify_ != Verify::kOff);
+  ++counters_.num_loads;
+}
+
+uint64_t Engine::digest_of(int group) const {
+  Xxh3 hash;
+  std::vector<std::byte> buffer(static_cast<size_t>(options_.mode.chunk_bytes));
+  for (const Piece& piece : groups_.at(static_cast<size_t>(group)).pieces) {
+    const File& file = *files_[static_cast<size_t>(piece.file)];
+    for (int64_t done = 0; done < piece.nbytes;) {
+      const ssize_t count = pread(file.buffered_descriptor(), buffer.data(),
+                                  static_cast<size_t>(piece.nbytes - done), piece.offset + done);
+      if (count < 0 && errno == EINTR) continue;
+      if (count <= 0) {
+        fail(count < 0 ? "ReadError" : "TruncatedCheckpoint", "Cannot read ", file.path(),
+             " at offset ", piece.offset + done,
+             " for its digest: ", count < 0 ? std::strerror(errno) : "the file ends there", ".");
+      }
+      hash.update(buffer.data(), static_cast<size_t>(count));
+      done += count;
+    }
+    file.drop(piece.offset, piece.nbytes);
+  }
+  return hash.digest();
+}
+
+void Engine::prefault(bool background) {
+  check_usable();
+  if (prefault_thread_.joinable()) prefault_thread_.join();
+  prefault_thread_ = std::thread([this] {
+    const Clock::time_point began = Clock::now();
+    const int num_threads = std::max(2u, std::thread::hardware_concurrency());
+    for (const auto& file : files_) {
+      if (file->mapping() == nullptr) continue;
+      prefault_bytes_ +=
+          populate_parallel(file->mapping(), file->size(), num_threads, &cancel_prefault_);
+    }
+    prefault_ns_ = since_ns(began);
+  });
+  if (!background) prefault_thread_.join();
+}
+
+std::shared_ptr<std::byte> Engine::mapping_of(int file) const {
+  return files_.at(static_cast<size_t>(file))->shared_mapping();
+}
+
+std::string Engine::stats() const {
+  std::lock_guard lock(mutex_);
+  const Counters& c = counters_;
+  // A file may have been refused direct reads after the start.
+  std::string refusal = rung_.refusal;
+  bool is_direct = rung_.io == "direct";
+  for (const auto& file : files_) {
+    if (is_direct && !file->is_direct()) {
+      is_direct = false;
+      refusal = concat("O_DIRECT is refused for ", file->path(), ": ", file->refusal());
+    }
+  }
+  JsonObject out;
+  out.add("io_mode", rung_.io == "direct" && !is_direct ? "buffered" : rung_.io)
+      .add("reader", rung_.reader == nullptr ? std::string() : rung_.reader->name())
+      .add("refusal", refusal)
+      .add("depth", static_cast<int64_t>(chunks_.size()))
+      .add("chunk_bytes", options_.mode.chunk_bytes)
+      .add("staging_bytes", staging_ == nullptr ? int64_t{0} : staging_->nbytes())
+      .add("num_views", static_cast<int64_t>(std::count_if(arenas_.begin(), arenas_.end(),
+                                                           [](auto& a) { return a.is_view; })))
+      .add("bytes_read", c.bytes_read)
+      .add("bytes_direct", c.bytes_direct)
+      .add("bytes_staged", c.bytes_staged)
+      .add("num_reads", c.num_reads)
+      .add("num_short_reads", c.num_short_reads)
+      .add("num_retries", c.num_retries)
+      .add("num_stale_reads", c.num_stale_reads)
+      .add("num_loads", c.num_loads)
+      .add("num_landed", c.num_landed)
+      .add("num_failed", c.num_failed)
+      .add("num_hits", c.num_hits)
+      .add("num_resident_hits", c.num_resident_hits)
+      .add("num_waits", c.num_waits)
+      .add("num_mispredicted", c.num_mispredicted)
+      .add("num_verified", c.num_verified)
+      .add("num_healed", c.num_healed)
+      .add("num_dropped", c.num_dropped)
+      .add("stall_seconds", static_cast<double>(c.stall_ns) * 1e-9)
+      .add("busy_seconds", static_cast<double>(c.busy_ns) * 1e-9)
+      .add("prefault_bytes", prefault_bytes_.load())
+      .add("prefault_seconds", static_cast<double>(prefault_ns_.load()) * 1e-9)
+      .add("num_injected_errors", fault_counts_.errors)
+      .add("num_injected_retries", fault_counts_.retries)
+      .add("num_injected_shorts", fault_counts_.shorts)
+      .add("num_injected_delays", fault_counts_.delays)
+      .add("num_injected_flips", fault_counts_.flips);
+  return out.str();
+}
+
+void Engine::close() {
+  {
+    std::lock_guard lock(mutex_);
+    is_closing_ = true;
+    cancel_prefault_ = true;
+  }
+  work_.notify_all();
+  landed_.notify_all();
+  if (thread_.joinable()) thread_.join();
+  if (prefault_thread_.joinable()) prefault_thread_.join();
+}
+
+}  // namespace nexus

@@ -1,0 +1,206 @@
+// The engine: moves groups from files into arenas ahead of the computation that reads them.
+//
+//   acquire(g)         the caller is about to read group g, and has finished with the one before
+//        │ frees the arena of the group before
+//        ▼
+//   schedule()         the groups that come next, each into its own arena, in order of need
+//        ▼
+//   I/O thread         issue pieces ─▶ reader ─▶ complete ─▶ (copy) ─▶ landed ─▶ wakes acquire
+//
+// Owns its files, its staging slots, its reader and one thread. Arenas belong to the caller; the
+// engine keeps them alive. It knows groups by number and files by bytes, and nothing else.
+//
+// Note [Arenas have generations]
+// Every refill of an arena begins a new generation. A read carries the generation it was issued
+// for; when it completes after the arena was given another task, it is dropped. Bytes of a new
+// generation are requested only after the last read of an old one has come back, so an old read
+// can never write over new bytes. acquire() remembers the generation it handed out and asserts, at
+// the next acquire, that nobody refilled the arena while it was in use.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "device/device.h"
+#include "io/fault.h"
+#include "io/file.h"
+#include "io/ladder.h"
+#include "io/staging.h"
+#include "stream/load.h"
+
+namespace nexus {
+
+struct EngineOptions {
+  ReadMode mode;
+  FaultPlan faults;
+  bool has_faults = false;
+  bool poison = false;  // fill freed arenas with NaN bytes
+};
+
+// Memory that holds one group at a time.
+struct ArenaMemory {
+  std::shared_ptr<void> owner;
+  std::byte* data;
+  int64_t nbytes;
+};
+
+// A group as the caller describes it; `extents` in the order of their group offsets.
+struct GroupSpec {
+  int arena;
+  int64_t nbytes;
+  std::vector<Extent> extents;
+};
+
+enum class Verify { kOff, kFirst, kAlways };
+
+class Engine {
+ public:
+  Engine(std::vector<std::unique_ptr<File>> files, EngineOptions options);
+  // Waits for the reads in flight. In a forked child, where the thread does not exist, it leaks.
+  ~Engine();
+
+  // Starts the thread and the first loads: residents (every group not in `order`), then the first
+  // groups of `order`. Once only.
+  void attach(std::vector<ArenaMemory> arenas, const std::vector<GroupSpec>& groups,
+              const std::vector<int>& order, int lookahead);
+  // Digests by group; from here on landings are checked.
+  void set_digests(const std::vector<uint64_t>& digests, Verify verify);
+
+  // Blocks until `group` stands in its arena, which must be the one at `arena`. Frees the arena of
+  // the group acquired before. Throws what went wrong with the read; the engine stays usable.
+  void acquire(int group, const std::byte* arena, int64_t nbytes);
+  // Blocks until a resident group has landed; frees nothing.
+  void wait_resident(int group);
+  // The calling thread is done with the last group it acquired: another thread may begin.
+  void end_pass();
+
+  // Reads a group past the engine and hashes it: the reference that landings are compared with.
+  uint64_t digest_of(int group) const;
+  // Brings every mapped page in, in the background or not.
+  void prefault(bool background);
+  // The pages of a mapped file; null in other modes.
+  std::shared_ptr<std::byte> mapping_of(int file) const;
+
+  // False in a forked child.
+  bool is_in_this_process() const;
+
+  std::string stats() const;
+  // Every later call throws EngineClosed; callers that wait now are woken with it.
+  void close();
+
+ private:
+  enum class State { kEmpty, kLoading, kLanded, kFailed };
+
+  struct Arena {
+    ArenaMemory memory;
+    bool is_view = false;  // lies in a file's mapping
+    State state = State::kEmpty;
+    int group = -1;
+    uint64_t generation = 0;
+    std::shared_ptr<Load> load;
+    int in_flight = 0;        // reads of this generation
+    int stale_in_flight = 0;  // reads of earlier ones
+    bool is_retry = false;    // second attempt after a digest that differed
+    std::string error;
+  };
+
+  // A place in the reader's queue, with the staging slot of the same number.
+  struct Chunk {
+    Request request;
+    bool is_busy = false;
+    int arena = -1;
+    int group = -1;
+    uint64_t generation = 0;
+    std::shared_ptr<Load> load;
+    size_t piece = 0;
+    int64_t num_read = 0;  // from the window's start
+    int attempts = 0;
+  };
+
+  struct Counters {
+    int64_t bytes_read = 0, bytes_direct = 0, bytes_staged = 0;
+    int64_t num_reads = 0, num_short_reads = 0, num_retries = 0, num_stale_reads = 0;
+    int64_t num_loads = 0, num_landed = 0, num_failed = 0;
+    int64_t num_hits = 0, num_waits = 0, num_mispredicted = 0, num_resident_hits = 0;
+    int64_t num_verified = 0, num_healed = 0, num_dropped = 0;
+    int64_t stall_ns = 0, busy_ns = 0;
+  };
+
+  // Caller's side. All expect the mutex.
+  void check_usable() const;
+  void check_thread();
+  void check_arena(int group, const std::byte* arena, int64_t nbytes) const;
+  void open_reader(int64_t largest_slot);
+  void release_current(int next);
+  void await(std::unique_lock<std::mutex>& lock, int group);
+  void schedule();
+  void want(int group);
+  void begin(Arena& arena, int group);
+  Group& group_at(int group) { return groups_[static_cast<size_t>(group)]; }
+  const Group& group_at(int group) const { return groups_[static_cast<size_t>(group)]; }
+  Arena& arena_of(int group) { return arenas_[static_cast<size_t>(group_at(group).arena)]; }
+
+  // I/O thread's side. All expect the mutex; those that take the lock open it for the long part.
+  void run();
+  void issue();
+  bool issue_next(size_t arena_index);
+  void start(Chunk& chunk);
+  void complete(Chunk& chunk, std::unique_lock<std::mutex>& lock);
+  bool must_continue(Chunk& chunk, std::string& error);
+  void land_piece(Chunk& chunk, std::unique_lock<std::mutex>& lock);
+  void land_group(Arena& arena, std::unique_lock<std::mutex>& lock);
+  void distrust(Arena& arena);
+  void fail_load(Arena& arena, std::string error);
+  void drop_left_behind(std::unique_lock<std::mutex>& lock);
+  void drop_pages(const Group& group) const;
+  const Piece& piece_of(const Chunk& chunk) const;
+  std::byte* window_of(const Chunk& chunk) const;
+
+  const int process_;
+  std::vector<std::unique_ptr<File>> files_;
+  EngineOptions options_;
+  Rung rung_;
+  std::unique_ptr<Device> device_;
+  std::unique_ptr<Staging> staging_;
+  FaultCounts fault_counts_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable work_;
+  std::condition_variable landed_;
+  std::vector<Group> groups_;
+  std::vector<Arena> arenas_;
+  std::vector<int> order_;
+  int lookahead_ = 0;
+  Verify verify_ = Verify::kOff;
+  std::vector<Chunk> chunks_;
+  std::vector<int> residents_;    // not yet known to have landed
+  std::vector<size_t> queue_;     // arenas with pieces to issue, in order of need
+  std::vector<uint64_t> claims_;  // by arena: the schedule() that last spoke for it
+  uint64_t num_schedules_ = 0;
+  std::vector<int> left_behind_;  // views whose pages are to be dropped
+  int num_in_flight_ = 0;
+  int current_ = -1;   // the group last acquired
+  int position_ = -1;  // the place in order_ last acquired
+  uint64_t held_generation_ = 0;
+  std::thread::id owner_;
+  Counters counters_;
+  bool is_closing_ = false;
+  std::thread thread_;
+
+  std::thread prefault_thread_;
+  volatile bool cancel_prefault_ = false;
+  std::atomic<int64_t> prefault_ns_ = 0;
+  std::atomic<int64_t> prefault_bytes_ = 0;
+};
+
+// Asked while a caller waits; true means "give up now" (Ctrl-C). Set once by library.cpp.
+extern bool (*interrupted)();
+
+}  // namespace nexus

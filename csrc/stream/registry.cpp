@@ -1,0 +1,51 @@
+#include "stream/registry.h"
+
+#include <map>
+#include <shared_mutex>
+
+#include "common/error.h"
+
+namespace nexus {
+namespace {
+
+struct Registry {
+  std::shared_mutex mutex;
+  std::map<int64_t, std::shared_ptr<Engine>> engines;
+  int64_t next = 1;
+};
+
+// Never destroyed: at exit, threads may still be inside an engine.
+Registry& registry() {
+  static auto* instance = new Registry;
+  return *instance;
+}
+
+}  // namespace
+
+int64_t register_engine(std::shared_ptr<Engine> engine) {
+  std::unique_lock lock(registry().mutex);
+  const int64_t handle = registry().next++;
+  registry().engines.emplace(handle, std::move(engine));
+  return handle;
+}
+
+std::shared_ptr<Engine> find_engine(int64_t handle) {
+  std::shared_lock lock(registry().mutex);
+  const auto found = registry().engines.find(handle);
+  if (found == registry().engines.end()) {
+    fail("EngineClosed", "Engine ", handle,
+         " was closed or never opened. Stream the model again to use it.");
+  }
+  return found->second;
+}
+
+std::shared_ptr<Engine> unregister_engine(int64_t handle) {
+  std::unique_lock lock(registry().mutex);
+  const auto found = registry().engines.find(handle);
+  if (found == registry().engines.end()) return nullptr;
+  std::shared_ptr<Engine> engine = std::move(found->second);
+  registry().engines.erase(found);
+  return engine;
+}
+
+}  // namespace nexus

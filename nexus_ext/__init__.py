@@ -1,0 +1,1 @@
+"""nexus_ext: run PyTorch models that do not fit."""

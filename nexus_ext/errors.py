@@ -1,0 +1,130 @@
+"""Every error nexus_ext raises, as one tree.
+
+    NexusError
+    ├── ConfigError             an option, a device or a mode that cannot be (also a ValueError)
+    │   └── BudgetError         the bytes allowed are too few; names the smallest that works
+    ├── MissingExtra            an optional package is not installed (also an ImportError)
+    ├── StreamError             a module that cannot be streamed as asked
+    ├── CheckpointError         the files are not what they should be
+    │   ├── CheckpointFormatError   a header, an index or a file name breaks the format
+    │   ├── CheckpointMismatch      tensors and module disagree: missing, unexpected, dtype, shape
+    │   ├── TruncatedCheckpoint     the file ends before the byte that was expected
+    │   ├── CheckpointChanged       a file was replaced or modified while it was streamed
+    │   └── CorruptCheckpoint       bytes differ from their recorded digest
+    └── EngineError             the native engine could not do what was asked
+        ├── ReadError           the disk answered with an error; names file and offset (also an OSError)
+        ├── EngineClosed        the engine was closed before
+        ├── ForkedEngine        used in a child process; engines do not survive fork
+        └── ThreadConflict      two threads ran one model at the same time
+
+A message states the rule, what was got, and what to do.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = [
+    "BudgetError",
+    "CheckpointChanged",
+    "CheckpointError",
+    "CheckpointFormatError",
+    "CheckpointMismatch",
+    "ConfigError",
+    "CorruptCheckpoint",
+    "EngineClosed",
+    "EngineError",
+    "ForkedEngine",
+    "MissingExtra",
+    "NexusError",
+    "ReadError",
+    "StreamError",
+    "ThreadConflict",
+    "TruncatedCheckpoint",
+    "from_native",
+]
+
+
+class NexusError(Exception):
+    """The root: `except NexusError` catches everything this package raises on purpose."""
+
+
+class ConfigError(NexusError, ValueError):
+    """An option, a device or a mode that cannot be."""
+
+
+class BudgetError(ConfigError):
+    """The bytes allowed are too few."""
+
+
+class MissingExtra(NexusError, ImportError):
+    """An optional package is not installed."""
+
+
+class StreamError(NexusError):
+    """A module that cannot be streamed as asked."""
+
+
+class CheckpointError(NexusError):
+    """The files are not what they should be."""
+
+
+class CheckpointFormatError(CheckpointError):
+    """A header, an index or a file name breaks the format."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """Tensors and module disagree."""
+
+
+class TruncatedCheckpoint(CheckpointError):
+    """The file ends before the byte that was expected."""
+
+
+class CheckpointChanged(CheckpointError):
+    """A file was replaced or modified while it was streamed."""
+
+
+class CorruptCheckpoint(CheckpointError):
+    """Bytes differ from their recorded digest."""
+
+
+class EngineError(NexusError):
+    """The native engine could not do what was asked."""
+
+
+class ReadError(EngineError, OSError):
+    """The disk answered with an error."""
+
+
+class EngineClosed(EngineError):
+    """The engine was closed before."""
+
+
+class ForkedEngine(EngineError):
+    """Used in a child process."""
+
+
+class ThreadConflict(EngineError):
+    """Two threads ran one model at the same time."""
+
+
+_NATIVE = re.compile(r"nexus:(\w+): (.*)", re.DOTALL)
+
+
+def from_native(error: RuntimeError) -> BaseException:
+    """Turn what native code threw into its typed twin; anything else comes back as it is.
+
+    Native code names the class in front of its message, `nexus:ReadError: ...`, because the
+    stable ABI carries a text across the border and no type.
+    """
+    match = _NATIVE.search(str(error))
+    if match is None:
+        return error
+    kind, message = match.groups()
+    if kind == "Interrupted":
+        return KeyboardInterrupt()
+    typed = globals()[kind]
+    assert issubclass(typed, NexusError)
+    # torch appends its own C++ trace after a blank line or "Exception raised from".
+    return typed(message.split("\nException raised from")[0].strip())  # type: ignore[no-any-return]

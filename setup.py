@@ -1,0 +1,60 @@
+"""Builds the native extension; everything else is in pyproject.toml.
+
+One abi3 library on torch's stable ABI: it serves every Python >= 3.10 and every torch >= 2.11.
+io_uring comes from liburing, linked statically when it is found; NEXUS_URING=0 builds without.
+"""
+
+import os
+from pathlib import Path
+
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).parent
+TORCH_2_11 = "0x020b000000000000"
+# Where distributions keep static libraries; the linker's own search would prefer the shared one.
+LIBRARY_FOLDERS = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib"]
+
+
+def find_liburing() -> str | None:
+    """The static library, if header and archive are both there."""
+    if os.environ.get("NEXUS_URING") == "0" or not Path("/usr/include/liburing.h").exists():
+        return None
+    found = (Path(folder) / "liburing.a" for folder in LIBRARY_FOLDERS)
+    return next((str(path) for path in found if path.exists()), None)
+
+
+def sources(has_uring: bool) -> list[str]:
+    left_out = "reader_uring_absent.cpp" if has_uring else "reader_uring.cpp"
+    found = (ROOT / "csrc").rglob("*.cpp")
+    return sorted(str(path.relative_to(ROOT)) for path in found if path.name != left_out)
+
+
+liburing = find_liburing()
+native = CppExtension(
+    "nexus_ext._native",
+    sources(liburing is not None),
+    include_dirs=[str(ROOT / "csrc")],
+    define_macros=[("TORCH_TARGET_VERSION", TORCH_2_11), ("Py_LIMITED_API", "0x030A0000")],
+    extra_compile_args=[
+        "-std=c++20",
+        "-O3",
+        "-g1",
+        "-Wall",
+        "-Wextra",
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        *os.environ.get("NEXUS_CXXFLAGS", "").split(),
+    ],
+    extra_objects=[liburing] if liburing else [],
+    py_limited_api=True,
+)
+
+setup(
+    packages=["nexus_ext", "nexus_ext.kernels"],
+    package_dir={"nexus_ext": "nexus_ext", "nexus_ext.kernels": "kernels/triton"},
+    package_data={"nexus_ext": ["py.typed", "*.pyi"]},
+    ext_modules=[native],
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
