@@ -1,1 +1,31 @@
-"""nexus_ext: run PyTorch models that do not fit."""
+"""nexus_ext: run PyTorch models that do not fit.
+
+    import nexus_ext as nexus
+
+    model = nexus.from_pretrained("path/or/hub-id", budget="1GiB")
+    model = nexus.stream(module, "checkpoint/", budget="1GiB", groups="model.layers")
+    nexus.stats(model)
+    nexus.close(model)
+
+Importing this package touches no device and opens no file.
+"""
+
+from __future__ import annotations
+
+from nexus_ext.checkpoint import Checkpoint
+from nexus_ext.errors import NexusError
+from nexus_ext.module import StreamedModule, close, plan_of, stats, stream
+from nexus_ext.plan import Plan
+from nexus_ext.profiling import Stats
+
+__all__ = [
+    "Checkpoint",
+    "NexusError",
+    "Plan",
+    "Stats",
+    "StreamedModule",
+    "close",
+    "plan_of",
+    "stats",
+    "stream",
+]

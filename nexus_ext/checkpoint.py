@@ -1,0 +1,576 @@
+"""Where are the bytes of a group?
+
+This file owns the way from a path to byte ranges: it finds the files of a safetensors checkpoint,
+validates their headers and the index over them, and lays the tensors of a group out. It reads
+headers and never a weight byte, and it knows neither devices nor caches.
+
+    path ──▶ index? ──▶ files ──▶ entries ──▶ Group(members, extents)
+
+A checkpoint is untrusted input. Two judges must accept a header: the parser below, because the
+safetensors library lets duplicate names and unknown fields pass, and the library, because it
+defines the format. Both see the same bytes (see `_ask_safetensors`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import ntpath
+import os
+import reprlib
+import stat
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TypeGuard
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nexus_ext.errors import (
+    CheckpointChanged,
+    CheckpointFormatError,
+    CheckpointMismatch,
+    ReadError,
+    TruncatedCheckpoint,
+)
+
+__all__ = ["ALIGNMENT", "Checkpoint", "Entry", "Extent", "File", "Group", "Member", "Stamp"]
+
+# Bytes. Every member starts on such a boundary inside its group: BLAS may differ in the last bit
+# for weights that are less aligned (torch 2.13, f32 GEMV at byte offsets 4 and 8).
+ALIGNMENT = 64
+
+_LENGTH_BYTES = 8  # a file begins with the length of its JSON header, little-endian
+_MAX_JSON_BYTES = 100_000_000  # the library's own limit for a header; kept for an index as well
+_MAX_INT = 2**63 - 1  # sizes and strides in torch are int64
+_MAX_LISTED = 10  # names in one message
+_FIELDS = ("dtype", "shape", "data_offsets")
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
+_KINDS = {"d": "a directory", "p": "a FIFO", "c": "a character device", "b": "a block device"}
+_WANTED = (
+    "a .safetensors file, an .index.json file, or a directory that holds model.safetensors, "
+    "model.safetensors.index.json, or exactly one file with either ending"
+)
+_AGAIN = "download the file again, or write it again with safetensors.torch.save_file"
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200  # names come from the file and may be megabytes long
+_quote = _short.repr
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a file was when it was opened; a difference later is `CheckpointChanged`."""
+
+    device: int
+    inode: int
+    size: int  # bytes
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> Stamp:
+        """Take the stamp of an open file descriptor."""
+        status = os.fstat(descriptor)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class File:
+    """One file with weights: an absolute path without links, and what stood there."""
+
+    path: Path
+    stamp: Stamp
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a file; `file` indexes `Checkpoint.files`, `offset` counts from byte 0."""
+
+    name: str
+    file: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Contiguous bytes in a file that go to contiguous bytes of a group; never empty."""
+
+    file: int
+    offset: int
+    nbytes: int
+    group_offset: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor inside a group; `offset` is in bytes and a multiple of `ALIGNMENT`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """What moves together. `nbytes` counts padding and is a multiple of `ALIGNMENT`."""
+
+    name: str
+    members: tuple[Member, ...]
+    extents: tuple[Extent, ...]
+    nbytes: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes to read from disk: `nbytes` without the padding."""
+        return sum(extent.nbytes for extent in self.extents)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether one extent, placed at the group's first byte, fills it."""
+        return len(self.extents) == 1 and self.extents[0].group_offset == 0
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The validated tensors of one checkpoint and where their bytes are.
+
+    Attributes:
+        path: The file or index that was opened, absolute, its links kept.
+        files: The files with weights, in the order of their names.
+        entries: Every tensor by name, in the order of file, then offset.
+    """
+
+    path: Path
+    files: tuple[File, ...]
+    entries: Mapping[str, Entry]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Find and validate a checkpoint; reads headers only, and keeps no file open.
+
+        Args:
+            path: A .safetensors file, an .index.json file, or a directory that holds
+                model.safetensors, model.safetensors.index.json, exactly one
+                *.safetensors.index.json or exactly one *.safetensors (the first that is there).
+
+        Raises:
+            CheckpointFormatError: Missing, not a regular file, pickled, or against the format.
+            TruncatedCheckpoint: A file ends before its header or its tensors do.
+            CheckpointChanged: A file was modified while its header was read.
+        """
+        found = _locate(Path(path).absolute())
+        if found.name.endswith(".index.json"):
+            files, entries = _read_shards(found)
+        else:
+            file, tensors = _read_file(found, 0)
+            files, entries = [file], tensors
+        by_name = {entry.name: entry for entry in entries}
+        return cls(found, tuple(files), MappingProxyType(by_name))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hex digits over the names and stamps of the files: equal while none changed."""
+        facts = [(file.path.name, *astuple(file.stamp)) for file in self.files]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def group(self, name: str, tensor_names: Iterable[str]) -> Group:
+        """Lay out the tensors that move together.
+
+        Members stand in the order of (file, offset), each on the next `ALIGNMENT` boundary.
+        Neighbours that touch both in the file and in the group share an extent. A tensor without
+        bytes is a member without extent. A repeated name counts once.
+
+        Raises:
+            CheckpointMismatch: A name is not in the checkpoint.
+        """
+        wanted = set(tensor_names)
+        if unknown := wanted - self.entries.keys():
+            raise CheckpointMismatch(
+                f"every tensor of group {_quote(name)} must be in {self.path}, which lacks "
+                f"{_listed(unknown)}; compare with its names: {_sample(self.entries)}"
+            )
+        members: list[Member] = []
+        extents: list[Extent] = []
+        end = 0
+        for entry in sorted((self.entries[tensor] for tensor in wanted), key=_file_order):
+            start = _align(end)
+            members.append(Member(entry.name, entry.dtype, entry.shape, start, entry.nbytes))
+            _append(extents, Extent(entry.file, entry.offset, entry.nbytes, start))
+            end = start + entry.nbytes
+        return Group(name, tuple(members), tuple(extents), _align(end))
+
+
+def _align(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def _file_order(entry: Entry) -> tuple[int, int, int, str]:
+    # Tensors without bytes share an offset with a neighbour; size and name settle the order.
+    return entry.file, entry.offset, entry.nbytes, entry.name
+
+
+def _append(extents: list[Extent], new: Extent) -> None:
+    """Add an extent, or grow the last one when the two touch on both sides."""
+    if new.nbytes == 0:
+        return
+    if extents:
+        last = extents[-1]
+        touching = (last.file, last.offset + last.nbytes, last.group_offset + last.nbytes)
+        if touching == (new.file, new.offset, new.group_offset):
+            extents[-1] = replace(last, nbytes=last.nbytes + new.nbytes)
+            return
+    extents.append(new)
+
+
+def _sample(names: Iterable[str]) -> str:
+    ordered = list(names)
+    more = f" and {len(ordered) - _MAX_LISTED} more" if len(ordered) > _MAX_LISTED else ""
+    return ", ".join(map(_quote, ordered[:_MAX_LISTED])) + more
+
+
+def _listed(names: set[str]) -> str:
+    return f"{len(names)}: {_sample(sorted(names))}"
+
+
+def _locate(path: Path) -> Path:
+    if os.path.isdir(path):
+        return _choose(path)
+    if path.suffix in _PICKLE_SUFFIXES:
+        raise _pickled(path)
+    return path
+
+
+def _choose(directory: Path) -> Path:
+    """The file or index in a directory; `_opened` finds out whether it is one."""
+    with _reaching(directory, "directory"):
+        names = sorted(os.listdir(directory))
+    for exact in ("model.safetensors", "model.safetensors.index.json"):
+        if exact in names:
+            return directory / exact
+    # An index wins over a lone file: shards that did not arrive must be missed, not ignored.
+    for ending in (".safetensors.index.json", ".safetensors"):
+        fitting = [name for name in names if name.endswith(ending)]
+        if len(fitting) == 1:
+            return directory / fitting[0]
+    if pickles := [name for name in names if Path(name).suffix in _PICKLE_SUFFIXES]:
+        raise _pickled(directory / pickles[0])
+    raise CheckpointFormatError(
+        f"a checkpoint is {_WANTED}, but {directory} holds {_sample(names) or 'nothing'}; "
+        "name the file to open"
+    )
+
+
+def _pickled(path: Path) -> CheckpointFormatError:
+    return CheckpointFormatError(
+        f"only safetensors is read, because a pickle can run code while it loads, but {path} is "
+        "one by its ending; convert it with safetensors.torch.save_file, or with save_pretrained "
+        "of transformers"
+    )
+
+
+@contextmanager
+def _reaching(path: Path, role: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a path that no system call can take
+        raise CheckpointFormatError(
+            f"the {role} {_quote(str(path))} must be there and readable, but: {error}; check the "
+            f"path, or download it again (a checkpoint is {_WANTED})"
+        ) from error
+
+
+@contextmanager
+def _opened(path: Path, role: str) -> Iterator[tuple[int, File]]:
+    """Open a regular file while its header is read; a FIFO or a device cannot make this wait."""
+    with _reaching(path, role):
+        real = os.path.realpath(path, strict=True)
+        # Without O_NONBLOCK a FIFO that has no writer waits for one, for ever.
+        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        kind = stat.filemode(os.fstat(descriptor).st_mode)[0]
+        if kind != "-":
+            raise CheckpointFormatError(
+                f"the {role} {path} must be a regular file, but is {_KINDS.get(kind, 'none')}; "
+                "name another path"
+            )
+        file = File(Path(real), Stamp.of(descriptor))
+        yield descriptor, file
+        if Stamp.of(descriptor) != file.stamp:
+            raise _changed(file)
+    finally:
+        os.close(descriptor)
+
+
+def _read_file(path: Path, number: int, role: str = "checkpoint") -> tuple[File, list[Entry]]:
+    with _opened(path, role) as (descriptor, file):
+        header = _read_header(descriptor, file)
+        entries = parse_header(header, file, number)
+        _ask_safetensors(header, file)
+    return file, entries
+
+
+def _read_header(descriptor: int, file: File) -> bytes:
+    if file.stamp.size < _LENGTH_BYTES:
+        raise _truncated(file, _LENGTH_BYTES, "the length of its header")
+    length = int.from_bytes(_pread(descriptor, file, _LENGTH_BYTES, 0), "little")
+    if length > _MAX_JSON_BYTES:
+        rule = f"a safetensors file begins with a header length up to {_MAX_JSON_BYTES}"
+        raise _broken(f"{file.path}, offset 0", rule, length)
+    if file.stamp.size < _LENGTH_BYTES + length:
+        raise _truncated(file, _LENGTH_BYTES + length, "its header")
+    return _pread(descriptor, file, length, _LENGTH_BYTES)
+
+
+def _pread(descriptor: int, file: File, nbytes: int, offset: int) -> bytes:
+    data = bytearray()
+    while len(data) < nbytes:
+        try:
+            chunk = os.pread(descriptor, nbytes - len(data), offset + len(data))
+        except OSError as error:
+            raise ReadError(
+                f"{file.path} must be readable at offset {offset}, but: {error}; check the disk"
+            ) from error
+        if not chunk:  # it was long enough a moment ago
+            raise _changed(file)
+        data += chunk
+    return bytes(data)
+
+
+def _ask_safetensors(header: bytes, file: File) -> None:
+    """Let the library judge the very bytes that were parsed, without their tensors.
+
+    Any backend of `safe_open` maps the file to parse its header (0.8.0), so a file that shrinks
+    meanwhile would kill the process with SIGBUS. It gets a copy in memory instead that nobody
+    else can change: the header, then a hole as long as the tensors.
+    """
+    try:
+        with open(os.memfd_create("nexus-header"), "wb") as copy:
+            copy.write(len(header).to_bytes(_LENGTH_BYTES, "little") + header)
+            copy.flush()
+            copy.truncate(file.stamp.size)
+            with safe_open(f"/proc/self/fd/{copy.fileno()}", "pt", backend="pread"):
+                pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointFormatError(
+            f"{file.path}: the safetensors library must accept the header at offset "
+            f"{_LENGTH_BYTES}, but says: {error}; {_AGAIN}"
+        ) from error
+
+
+def parse_header(header: bytes, file: File, number: int = 0) -> list[Entry]:
+    """The tensors a header declares, in the order of their offsets.
+
+    Args:
+        header: The JSON bytes after the length.
+        file: The file they come from; its size must be what the header makes it.
+        number: The position of `file` in `Checkpoint.files`.
+
+    Raises:
+        CheckpointFormatError: A rule of the format is broken.
+        TruncatedCheckpoint: The tensors need more bytes than the file has.
+    """
+    where = f"{file.path}, header at offset {_LENGTH_BYTES}"
+    declared = _decode(_HEADER_JSON, header, where)
+    metadata = declared.pop("__metadata__", {})
+    if not _maps_text(metadata):
+        raise _broken(where, "__metadata__ maps strings to strings", metadata)
+    base = _LENGTH_BYTES + len(header)
+    entries = [_parse_entry(file, number, base, *item) for item in declared.items()]
+    entries.sort(key=_file_order)
+    _check_cover(entries, file, base)
+    return entries
+
+
+def _parse_entry(file: File, number: int, base: int, name: str, fields: object) -> Entry:
+    where = f"{file.path}, tensor {_quote(name)}"
+    if not isinstance(fields, dict) or fields.keys() != set(_FIELDS):
+        raise _broken(where, "a tensor has dtype, shape and data_offsets, nothing else", fields)
+    dtype, shape, offsets = (fields[key] for key in _FIELDS)
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        rule = f"nexus_ext reads {', '.join(_DTYPES)} (safetensors knows more, such as F4)"
+        raise _broken(where, rule, dtype)
+    if not _are_integers(shape):
+        raise _broken(where, "shape is a list of whole numbers", shape)
+    if not _are_integers(offsets) or len(offsets) != 2:
+        raise _broken(where, "data_offsets are two whole numbers", offsets)
+    start, nbytes = base + offsets[0], offsets[1] - offsets[0]
+    needed = _num_elements(shape, where) * _DTYPES[dtype].itemsize
+    if nbytes != needed:
+        rule = f"{dtype} with shape {_quote(shape)} takes {needed} bytes"
+        raise _broken(f"{where} at offset {start}", rule, nbytes)
+    return Entry(name, number, _DTYPES[dtype], tuple(shape), start, nbytes)
+
+
+def _num_elements(shape: list[int], where: str) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+        if count > _MAX_INT:  # even when a later 0 would hide it: the library multiplies in order
+            raise _broken(where, "the product of a shape is below 2**63", shape)
+    return count
+
+
+def _check_cover(entries: list[Entry], file: File, base: int) -> None:
+    """Tensors follow one another from the header to the last byte: no hole, overlap or rest."""
+    end = base
+    for entry in entries:
+        if entry.offset != end:
+            where = f"{file.path}, tensor {_quote(entry.name)}"
+            raise _broken(where, f"it starts at offset {end}, no hole, no overlap", entry.offset)
+        end += entry.nbytes
+        if end > file.stamp.size:
+            raise _truncated(file, end, f"tensor {_quote(entry.name)} at offset {entry.offset}")
+    if end < file.stamp.size:
+        rule = f"the file ends where its last tensor does, after {end} bytes"
+        raise _broken(str(file.path), rule, file.stamp.size)
+
+
+def _decode(decoder: json.JSONDecoder, raw: bytes, where: str) -> dict[str, object]:
+    try:
+        value = decoder.decode(raw.decode())
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
+        raise CheckpointFormatError(
+            f"{where}: it must be a JSON object in UTF-8, but: {error}; {_AGAIN}"
+        ) from error
+    if not isinstance(value, dict):
+        raise _broken(where, "it must be a JSON object", value)
+    return value
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    # Encoding refuses a lone surrogate, which json reads and no UTF-8 text can hold.
+    "".join(text for pair in pairs for text in pair if isinstance(text, str)).encode()
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {_quote(name)} stands there twice")
+    return result
+
+
+def _natural(text: str) -> int:
+    if text.startswith("-") or len(text) > len(str(_MAX_INT)) or int(text) > _MAX_INT:
+        raise ValueError(f"numbers are whole, from 0 to 2**63 - 1, and {_quote(text)} is not")
+    return int(text)
+
+
+def _no_number(text: str) -> object:
+    raise ValueError(f"{_quote(text)} is not allowed as a number")
+
+
+_INDEX_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number)
+_HEADER_JSON = json.JSONDecoder(
+    object_pairs_hook=_unique,
+    parse_constant=_no_number,
+    parse_float=_no_number,
+    parse_int=_natural,
+)
+
+
+def _are_integers(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int for item in value)  # bool is no int
+
+
+def _maps_text(value: object) -> TypeGuard[dict[str, str]]:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _read_shards(index: Path) -> tuple[list[File], list[Entry]]:
+    files: list[File] = []
+    entries: list[Entry] = []
+    shards = _read_index(index)
+    for number, shard in enumerate(sorted(shards)):
+        # Beside the index as it was named: in the hub's layout both are links to other folders.
+        file, found = _read_file(index.parent / shard, number, f"shard named by {index.name},")
+        _check_shard(index, shard, {entry.name for entry in found}, shards[shard])
+        files.append(file)
+        entries += found
+    return files, entries
+
+
+def _read_index(index: Path) -> dict[str, set[str]]:
+    """The names of the tensors in each shard, as the index tells them."""
+    with _opened(index, "index") as (descriptor, file):
+        if file.stamp.size > _MAX_JSON_BYTES:
+            rule = f"an index has at most {_MAX_JSON_BYTES} bytes"
+            raise _broken(str(index), rule, file.stamp.size)
+        raw = _pread(descriptor, file, file.stamp.size, 0)
+    weight_map = _decode(_INDEX_JSON, raw, str(index)).get("weight_map")
+    if not _maps_text(weight_map):
+        raise _broken(str(index), "weight_map maps tensor names to file names", weight_map)
+    shards: dict[str, set[str]] = defaultdict(set)
+    for tensor, shard in weight_map.items():
+        shards[shard].add(tensor)
+    for shard in shards:
+        _check_plain_name(shard, index)
+    return shards
+
+
+def _check_plain_name(shard: str, index: Path) -> None:
+    special = shard in ("", ".", "..") or ntpath.splitdrive(shard)[0]
+    if special or not shard.isprintable() or not set(shard).isdisjoint("/\\"):
+        raise _broken(str(index), "a shard is the plain name of a file beside the index", shard)
+    if Path(shard).suffix in _PICKLE_SUFFIXES:
+        raise _pickled(index.parent / shard)
+
+
+def _check_shard(index: Path, shard: str, found: set[str], listed: set[str]) -> None:
+    """A shard holds the tensors its index puts there, all of them and no other."""
+    for flaw, names in (
+        ("lacks", listed - found),
+        ("also holds, which the index puts elsewhere or nowhere,", found - listed),
+    ):
+        if names:
+            raise CheckpointFormatError(
+                f"{index}: every tensor is in the one shard that the index names, but "
+                f"{_quote(shard)} {flaw} {_listed(names)}; download index and shards again"
+            )
+
+
+def _broken(where: str, rule: str, got: object) -> CheckpointFormatError:
+    return CheckpointFormatError(f"{where}: {rule}, but got {_quote(got)}; {_AGAIN}")
+
+
+def _truncated(file: File, needed: int, what: str) -> TruncatedCheckpoint:
+    return TruncatedCheckpoint(
+        f"{file.path} must have {needed} bytes for {what}, but has {file.stamp.size}; {_AGAIN}"
+    )
+
+
+def _changed(file: File) -> CheckpointChanged:
+    return CheckpointChanged(
+        f"a file must not change while its header is read, but {file.path} did; open the "
+        "checkpoint again when its writer has finished"
+    )

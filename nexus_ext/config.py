@@ -1,0 +1,128 @@
+"""What a user may ask for, checked once; and the only reader of the environment.
+
+NEXUS_PREFAULT  on | off | auto (1 and 0 too): overrides the default of `prefault`
+NEXUS_HOME      folder for what nexus keeps: recorded digests, the demo's model
+NEXUS_POISON    1 fills freed arenas with NaN bytes: a wrong read cannot pass unseen
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from nexus_ext.errors import ConfigError
+from nexus_ext.memory import parse_bytes
+
+__all__ = ["IoMode", "Prefault", "StreamConfig", "Verify", "home_folder"]
+
+IoMode = Literal["auto", "direct", "buffered", "mmap"]
+Verify = Literal["off", "first", "always"]
+Prefault = Literal["auto", "on", "off"]
+
+# A read smaller than the largest alignment unit cannot be cut.
+_SMALLEST_CHUNK_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How a model is streamed.
+
+    Attributes:
+        budget: Bytes of device memory for weights ("1GiB", 2**30), or "auto": what is free, less
+            a reserve.
+        io: "direct" bypasses the page cache; "buffered" passes through it and leaves nothing
+            behind; "mmap" lives in it; "auto" looks at the cache and at free memory.
+        lookahead: Groups fetched ahead of the one in use, or "auto".
+        ram_budget: Bytes of host memory for staging, or "auto" (16 reads of a chunk).
+        verify: Compare groups with recorded digests: "off", at the "first" landing, or "always".
+        prefault: Bring mapped pages in at the start ("mmap" only); "auto" when they fit in memory.
+        depth: Reads in flight; None is the reader's default.
+        chunk_bytes: Most bytes of one read.
+        use_uring: Whether io_uring may be used where it works.
+        faults: Test hook; see `engine.Faults`.
+    """
+
+    budget: int | Literal["auto"] = "auto"
+    io: IoMode = "auto"
+    lookahead: int | Literal["auto"] = "auto"
+    ram_budget: int | Literal["auto"] = "auto"
+    verify: Verify = "off"
+    prefault: Prefault = "auto"
+    depth: int | None = None
+    chunk_bytes: int = 1 << 20
+    use_uring: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        budget: str | int = "auto",
+        io: str = "auto",
+        lookahead: int | str = "auto",
+        ram_budget: str | int = "auto",
+        verify: str = "off",
+        prefault: str | None = None,
+        depth: int | None = None,
+        chunk_bytes: str | int = 1 << 20,
+        use_uring: bool = True,
+    ) -> StreamConfig:
+        """Check and convert what a user wrote.
+
+        Raises:
+            ConfigError: A value that cannot be; the message lists those that can.
+        """
+        chunk = parse_bytes(chunk_bytes)
+        if chunk < _SMALLEST_CHUNK_BYTES:
+            raise ConfigError(
+                f"chunk_bytes must be at least {_SMALLEST_CHUNK_BYTES}, got {chunk}; "
+                "1MiB suits most disks."
+            )
+        if depth is not None and not 2 <= depth <= 1024:
+            raise ConfigError(f"depth must lie in 2..1024 reads in flight, got {depth}.")
+        return cls(
+            budget=_bytes_or_auto(budget),
+            io=cast(IoMode, _one_of("io", io, get_args(IoMode))),
+            lookahead=_lookahead(lookahead),
+            ram_budget=_bytes_or_auto(ram_budget),
+            verify=cast(Verify, _one_of("verify", verify, get_args(Verify))),
+            prefault=cast(Prefault, _one_of("prefault", _prefault(prefault), get_args(Prefault))),
+            depth=depth,
+            chunk_bytes=chunk,
+            use_uring=use_uring,
+        )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+    return value
+
+
+def _bytes_or_auto(value: str | int) -> int | Literal["auto"]:
+    return "auto" if value == "auto" else parse_bytes(value)
+
+
+def _lookahead(value: int | str) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(f"lookahead must be a number from 1 on or 'auto', got {value!r}.") from None
+
+
+def _prefault(value: str | None) -> str:
+    """The option, else the environment, else "auto"."""
+    chosen = value if value is not None else os.environ.get("NEXUS_PREFAULT", "auto")
+    return {"1": "on", "0": "off"}.get(chosen, chosen)
+
+
+def poisons_freed_arenas() -> bool:
+    return os.environ.get("NEXUS_POISON") == "1"
+
+
+def home_folder() -> Path:
+    """Where nexus keeps its files; made when something is written."""
+    return Path(os.environ.get("NEXUS_HOME") or "~/.cache/nexus").expanduser()

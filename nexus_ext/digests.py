@@ -1,0 +1,69 @@
+"""What the bytes of a group should hash to: one small file per checkpoint, written once.
+
+A plain checkpoint carries no digests, so they are taken by one extra pass when verification is
+first asked for, and kept under `NEXUS_HOME/digests`. The key holds names, sizes, inodes and times
+of the files: a checkpoint that changed has no digests and gets new ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nexus_ext.checkpoint import Checkpoint, Group
+
+__all__ = ["recorded_digests"]
+
+
+def recorded_digests(
+    checkpoint: Checkpoint,
+    groups: Sequence[Group],
+    folder: Path,
+    take: Callable[[int], int],
+) -> list[int]:
+    """The digests of `groups` (XXH3-64, signed as torch has it); `take(i)` computes a missing one.
+
+    Blocks for a read of every group that has none. What is kept in `folder` is trusted as much as
+    the checkpoint beside it: whoever may write one may write the other.
+    """
+    path = folder / f"{checkpoint.fingerprint}.json"
+    known = _load(path)
+    keys = [_key(group) for group in groups]
+    missing = {key: take(index) for index, key in enumerate(keys) if key not in known}
+    if missing:
+        known |= missing
+        _store(path, known)
+    return [known[key] for key in keys]
+
+
+def _key(group: Group) -> str:
+    """A group is its extents: the same bytes in the same order have the same digest."""
+    places = [(extent.file, extent.offset, extent.nbytes) for extent in group.extents]
+    return hashlib.sha256(json.dumps(places).encode()).hexdigest()[:32]
+
+
+def _load(path: Path) -> dict[str, int]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return {key: value for key, value in content.items() if isinstance(value, int)}
+
+
+def _store(path: Path, digests: dict[str, int]) -> None:
+    """Temporary file, flush to disk, rename, flush the folder: all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as temporary:
+        json.dump(digests, temporary)
+        temporary.flush()
+        os.fsync(temporary.fileno())
+    os.replace(temporary.name, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

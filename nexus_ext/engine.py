@@ -1,0 +1,181 @@
+"""The typed face of the native engine: open, attach, acquire, stats, close.
+
+Owns the engine's number. It knows arenas, groups and files; it has never heard of a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+
+from nexus_ext import ops
+from nexus_ext.checkpoint import File, Group
+from nexus_ext.ops import native
+
+__all__ = ["Engine", "Faults", "ReadMode", "cached_bytes", "measure_read"]
+
+
+@dataclass(frozen=True)
+class ReadMode:
+    """How files are read: what is asked for, not what comes of it (see `Engine.stats`)."""
+
+    io: str = "direct"
+    use_uring: bool = True
+    trailing_drop: bool = True
+    depth: int | None = None
+    chunk_bytes: int = 1 << 20
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Seeded faults injected into reads, in millionths of a read; for tests."""
+
+    seed: int = 0
+    errno_ppm: int = 0
+    again_ppm: int = 0
+    short_ppm: int = 0
+    delay_ppm: int = 0
+    flip_ppm: int = 0
+    delay_us: int = 0
+
+
+class Engine:
+    """Moves groups of `files` into arenas, ahead of who reads them.
+
+    Owns one native engine with its thread, its descriptors and its staging slots. Blocking calls
+    release the GIL. Not for use in a forked child.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[File],
+        mode: ReadMode,
+        *,
+        poison: bool = False,
+        faults: Faults | None = None,
+    ) -> None:
+        """Open the files.
+
+        Raises:
+            CheckpointChanged: A file is not what its stamp says.
+            ReadError: A file cannot be opened.
+        """
+        stamps = [number for file in files for number in astuple(file.stamp)]
+        self.handle: int = ops.call(
+            native.engine_open,
+            [str(file.path) for file in files],
+            stamps,
+            mode.io,
+            mode.use_uring,
+            mode.trailing_drop,
+            mode.depth or 0,
+            mode.chunk_bytes,
+            poison,
+            list(astuple(faults)) if faults else [],
+        )
+
+    def attach(
+        self,
+        arenas: Sequence[torch.Tensor],
+        groups: Sequence[Group],
+        arena_of: Sequence[int],
+        order: Sequence[int],
+        lookahead: int,
+    ) -> None:
+        """Give every group its arena and start loading. Does not block.
+
+        Args:
+            arenas: 1-D uint8 tensors; kept alive until the engine is closed and forgotten.
+            groups: What moves together; their numbers are their indices.
+            arena_of: For each group the index of its arena.
+            order: The groups that share arenas, in the order they are used; others are resident.
+            lookahead: Groups of `order` loaded ahead of the one in use.
+        """
+        table = [
+            number
+            for group, arena in zip(groups, arena_of, strict=True)
+            for number in (arena, group.nbytes)
+        ]
+        extents = [
+            number
+            for index, group in enumerate(groups)
+            for extent in group.extents
+            for number in (index, *astuple(extent))
+        ]
+        ops.call(
+            native.engine_attach, self.handle, list(arenas), table, extents, list(order), lookahead
+        )
+
+    def set_digests(self, digests: Sequence[int], verify: str) -> None:
+        """From now on compare landings with `digests` (XXH3-64 by group)."""
+        ops.call(native.engine_set_digests, self.handle, list(digests), verify)
+
+    def digest(self, group: int) -> int:
+        """Read a group past the arenas and hash it: XXH3-64 of its extents, in order. Blocks."""
+        return ops.call(native.engine_digest, self.handle, group)
+
+    def acquire(self, group: int, arena: torch.Tensor) -> None:
+        """Block until `group` stands in `arena`, and free the arena acquired before.
+
+        Raises:
+            ReadError, TruncatedCheckpoint, CheckpointChanged, CorruptCheckpoint: The group could
+                not be read; asking again reads again.
+            EngineClosed, ForkedEngine, ThreadConflict: The engine cannot be used from here.
+        """
+        number = torch.tensor(group)
+        ops.acquire_(arena, number, number, self.handle)
+
+    def wait(self, group: int) -> None:
+        """Block until a resident group has landed; frees nothing. Raises as `acquire`."""
+        ops.call(native.engine_wait, self.handle, group)
+
+    def end_pass(self) -> None:
+        """The calling thread is through; another one may begin."""
+        ops.call(native.engine_end_pass, self.handle)
+
+    def prefault(self, *, background: bool) -> None:
+        """Bring every page of the mapped files in, touching all of them in parallel."""
+        ops.call(native.engine_prefault, self.handle, background)
+
+    def map(self, file: int, offset: int, nbytes: int) -> torch.Tensor:
+        """A file's bytes where they are mapped (io "mmap"): uint8, private, not to be written."""
+        return ops.call(native.engine_map, self.handle, file, offset, nbytes)
+
+    def stats(self) -> dict[str, Any]:
+        """Effective modes and counters; see `nexus_ext.profiling.Stats`."""
+        report: dict[str, Any] = json.loads(ops.call(native.engine_stats, self.handle))
+        return report
+
+    def close(self) -> None:
+        """Stop the thread and close the files. May be called twice; waits for reads in flight."""
+        native.engine_close(self.handle)
+
+
+def measure_read(path: str, mode: ReadMode, max_bytes: int) -> dict[str, Any]:
+    """Read up to `max_bytes` of a file as fast as it goes: the ceiling. Blocks.
+
+    Returns:
+        io_mode, reader, refusal, depth, chunk_bytes, bytes, seconds, gbps (1e9 bytes a second),
+        memory_alignment, offset_alignment.
+    """
+    report: dict[str, Any] = json.loads(
+        ops.call(
+            native.measure_read,
+            path,
+            mode.io,
+            mode.use_uring,
+            mode.depth or 0,
+            mode.chunk_bytes,
+            max_bytes,
+        )
+    )
+    return report
+
+
+def cached_bytes(path: str) -> int:
+    """Bytes of the file in the page cache now; -1 where the kernel does not tell."""
+    return ops.call(native.cached_bytes, path)

@@ -1,0 +1,59 @@
+"""The one door to native code: loads it, gives its ops fakes, turns its errors into typed ones.
+
+Every schema stands in csrc/library.cpp. Importing this module touches no device and opens no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from nexus_ext import _native
+from nexus_ext.errors import from_native
+
+__all__ = ["acquire_", "call", "native"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+native = torch.ops.nexus
+
+# The stable ABI takes tags from torch 2.12 on, and we build for 2.11. acquire_ waits on the host,
+# which a CUDA graph cannot replay: the compiler must cut the graph around it.
+native.acquire_.default.tags.append(torch.Tag.cudagraph_unsafe)
+
+
+@torch.library.register_fake("nexus::acquire_")  # type: ignore[untyped-decorator]
+def _acquire_fake(
+    arena: torch.Tensor, dep: torch.Tensor, group_id: torch.Tensor, engine: int
+) -> None:
+    torch._check(arena.dtype == torch.uint8 and arena.dim() == 1)
+    torch._check(group_id.dtype == torch.int64 and group_id.dim() == 0)
+
+
+def call(op: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a native op; what it throws arrives as its `nexus_ext.errors` class.
+
+    Raises:
+        NexusError: The typed twin of a native error.
+        KeyboardInterrupt: Or whatever a signal handler raised while native code waited.
+    """
+    try:
+        return op(*args, **kwargs)
+    except RuntimeError as error:
+        typed = from_native(error)
+        if isinstance(typed, KeyboardInterrupt):
+            typed = _native.take_interrupt() or typed
+        if typed is error:
+            raise
+        raise typed from None
+
+
+_acquire: Any = native.acquire_.default
+
+
+def acquire_(arena: torch.Tensor, dep: torch.Tensor, group_id: torch.Tensor, engine: int) -> None:
+    """Make `arena` hold the group; see the schema. Eager code calls this for typed errors."""
+    call(_acquire, arena, dep, group_id, engine)

@@ -1,0 +1,76 @@
+"""What happened: counters of a streamed model, in one immutable snapshot and one line of words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["Stats"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot of a streamed model. Bytes, seconds and counts since it was attached.
+
+    `io_mode` and `reader` are what is really in use; `io_reason` says why it was chosen, `refusal`
+    why something better was not. A hit is an acquire that found its group landed, a wait one that
+    did not; `stall_seconds` is the time spent waiting. `busy_seconds` is the time with reads in
+    flight. A misprediction is an acquire of a group that nobody had started to load.
+    """
+
+    io_mode_requested: str
+    io_mode: str
+    io_reason: str
+    reader: str
+    refusal: str
+    depth: int
+    chunk_bytes: int
+    budget_bytes: int
+    device_bytes: int
+    staging_bytes: int
+    resident_groups: int
+    streamed_groups: int
+    lookahead: int
+    num_views: int
+    bytes_read: int
+    bytes_direct: int
+    bytes_staged: int
+    num_reads: int
+    num_short_reads: int
+    num_retries: int
+    num_stale_reads: int
+    num_loads: int
+    num_landed: int
+    num_failed: int
+    num_hits: int
+    num_resident_hits: int
+    num_waits: int
+    num_mispredicted: int
+    num_verified: int
+    num_healed: int
+    num_dropped: int
+    stall_seconds: float
+    busy_seconds: float
+    prefault_bytes: int
+    prefault_seconds: float
+    prefault_reason: str
+
+    @classmethod
+    def of(cls, report: Mapping[str, Any]) -> Stats:
+        """From the engine's report and the streamer's; fields this class lacks are left out."""
+        return cls(**{field.name: report[field.name] for field in fields(cls)})
+
+    @property
+    def streamed_gbps(self) -> float:
+        """1e9 bytes a second while reads were in flight."""
+        return self.bytes_read / self.busy_seconds * 1e-9 if self.busy_seconds else 0.0
+
+    def __str__(self) -> str:
+        waited = self.num_waits / max(1, self.num_waits + self.num_hits)
+        return (
+            f"{self.streamed_groups} groups streamed, {self.resident_groups} resident, "
+            f"{self.io_mode} ({self.reader}): {self.bytes_read / 1e9:.2f} GB read at "
+            f"{self.streamed_gbps:.2f} GB/s, {waited:.0%} of acquires waited, "
+            f"{self.stall_seconds:.2f} s in all"
+        )

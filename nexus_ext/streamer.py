@@ -1,0 +1,323 @@
+"""The join: a plan, a checkpoint and an engine become groups that can be acquired.
+
+Owns the arenas (device memory) and the engine. It knows groups by number and tensors by name; it
+has never heard of `nn.Module`.
+
+The engine's group 0 is everything outside the groups: one resident arena. Group i here is number
+i + 1 there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nexus_ext.checkpoint import ALIGNMENT, Checkpoint, Extent, Group
+from nexus_ext.config import StreamConfig, home_folder, poisons_freed_arenas
+from nexus_ext.digests import recorded_digests
+from nexus_ext.engine import Engine, Faults, ReadMode, cached_bytes, measure_read
+from nexus_ext.errors import BudgetError
+from nexus_ext.memory import available_bytes, default_budget, format_bytes, should_prefault
+from nexus_ext.plan import Plan, Rates, make_plan
+from nexus_ext.profiling import Stats
+
+__all__ = ["Progress", "Streamer"]
+
+# Called as (what, done_bytes, total_bytes) while something takes long.
+Progress = Callable[[str, int, int], None]
+
+_log = logging.getLogger("nexus_ext")
+
+# Direct reads land in place when memory and file agree modulo this.
+_PAGE_BYTES = 4096
+_DEFAULT_DEPTH = 16
+_SMALLEST_DEPTH = 2
+# "auto" trusts the page cache from this share of the checkpoint on.
+_MOSTLY_CACHED = 0.5
+# Enough to see a disk's rate, short enough not to be noticed.
+_RATE_PROBE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The read mode decided on, and why."""
+
+    mode: ReadMode
+    reason: str
+
+
+class Streamer:
+    """Groups of one checkpoint on one device.
+
+    `arena(i)` is the memory that holds group i after `acquire(i)` and until the next acquire.
+    Blocking calls release the GIL. One thread at a time.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        groups: Sequence[Group],
+        outside: Group,
+        config: StreamConfig,
+        *,
+        order: Sequence[int] | None = None,
+        faults: Faults | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Plan, open, and start loading; returns when everything resident is there.
+
+        Args:
+            checkpoint: Where the bytes are.
+            groups: What moves together, in the order of use.
+            outside: The tensors that stay on the device.
+            config: What the user asked for.
+            faults: Test hook.
+            progress: Called while residents are read or digests are taken.
+
+        Raises:
+            BudgetError: Before the first byte is read.
+            ReadError, TruncatedCheckpoint, CheckpointChanged: A resident group could not be read.
+        """
+        self.config = config
+        self.groups = tuple(groups)
+        self.outside = outside
+        self._checkpoint = checkpoint
+        self._progress = progress or (lambda what, done, total: None)
+        choice = _choose_mode(checkpoint, config)
+        self._reason = choice.reason
+        self.plan = _plan(checkpoint, self.groups, outside, config, choice.mode)
+        self._prefault_reason = "only mapped files are pre-faulted"
+        self.engine = Engine(
+            checkpoint.files, choice.mode, poison=poisons_freed_arenas(), faults=faults
+        )
+        try:
+            self._start(choice.mode)
+        except BaseException:
+            self.engine.close()
+            raise
+
+    def _start(self, mode: ReadMode) -> None:
+        if mode.io == "mmap":
+            self._prefault()
+        everything = (self.outside, *self.groups)
+        self._arenas, self._arena_of = self._allocate(mode)
+        self.engine.attach(
+            self._arenas,
+            everything,
+            self._arena_of,
+            [group + 1 for group in self.plan.streamed],
+            self.plan.lookahead,
+        )
+        if self.config.verify != "off":
+            self._verify(everything)
+        self._wait_for_residents()
+
+    # -- what a model uses -------------------------------------------------------------------
+
+    def arena(self, group: int) -> torch.Tensor:
+        """The memory of a group: 1-D uint8, owned here. Fixed for the life of the streamer."""
+        return self._arenas[self._arena_of[group + 1]]
+
+    @property
+    def outside_arena(self) -> torch.Tensor:
+        """The memory of the tensors outside the groups; theirs alone."""
+        return self._arenas[self._arena_of[0]]
+
+    def number(self, group: int) -> int:
+        """The group's number in the engine: what `acquire_` takes."""
+        return group + 1
+
+    def is_resident(self, group: int) -> bool:
+        return group + 1 not in self._streamed
+
+    def end_pass(self) -> None:
+        """The calling thread is through a forward pass."""
+        self.engine.end_pass()
+
+    def sweep(self) -> None:
+        """Acquire every group once, in order, computing nothing: what I/O alone takes."""
+        for group in range(len(self.groups)):
+            self.engine.acquire(self.number(group), self.arena(group))
+        self.engine.end_pass()
+
+    def stats(self) -> Stats:
+        return Stats.of(
+            {
+                **self.engine.stats(),
+                "io_mode_requested": self.config.io,
+                "io_reason": self._reason,
+                "prefault_reason": self._prefault_reason,
+                "budget_bytes": self.plan.budget_bytes,
+                "device_bytes": self.plan.device_bytes,
+                "resident_groups": len(self.plan.resident),
+                "streamed_groups": len(self.plan.streamed),
+                "lookahead": self.plan.lookahead,
+            }
+        )
+
+    def close(self) -> None:
+        """Stop loading and close the files. May be called twice."""
+        self.engine.close()
+
+    # -- setting up --------------------------------------------------------------------------
+
+    @property
+    def _streamed(self) -> frozenset[int]:
+        return frozenset(group + 1 for group in self.plan.streamed)
+
+    def _allocate(self, mode: ReadMode) -> tuple[list[torch.Tensor], list[int]]:
+        """An arena for every resident group, views where pages can be used in place, the ring."""
+        plan = self.plan
+        arenas: list[torch.Tensor] = []
+        arena_of: dict[int, int] = {}
+        ring_of = dict(zip(plan.streamed, plan.arena_of, strict=True))
+        ring_index: dict[int, int] = {}
+        phase = _common_phase([self.groups[group] for group in plan.streamed])
+        for number, group in enumerate((self.outside, *self.groups)):
+            ring = ring_of.get(number - 1)
+            if ring is None:
+                arenas.append(_allocate(group.nbytes, _common_phase([group])))
+            elif mode.io == "mmap" and _can_be_viewed(group):
+                extent = group.extents[0]
+                arenas.append(self.engine.map(extent.file, extent.offset, extent.nbytes))
+            elif ring not in ring_index:
+                ring_index[ring] = len(arenas)
+                arenas.append(_allocate(plan.arena_bytes[ring], phase))
+            else:
+                arena_of[number] = ring_index[ring]
+                continue
+            arena_of[number] = len(arenas) - 1
+        return arenas, [arena_of[number] for number in range(len(self.groups) + 1)]
+
+    def _prefault(self) -> None:
+        nbytes = sum(file.stamp.size for file in self._checkpoint.files)
+        wanted, self._prefault_reason = should_prefault(
+            self.config.prefault, nbytes, available_bytes()
+        )
+        _log.info("pre-fault: %s", self._prefault_reason)
+        if wanted:
+            self.engine.prefault(background=True)
+
+    def _verify(self, everything: Sequence[Group]) -> None:
+        total = sum(group.file_bytes for group in everything)
+        done = 0
+
+        def take(index: int) -> int:
+            nonlocal done
+            self._progress("recording digests", done, total)
+            digest = self.engine.digest(index)
+            done += everything[index].file_bytes
+            return digest
+
+        folder = home_folder() / "digests"
+        digests = recorded_digests(self._checkpoint, everything, folder, take)
+        self.engine.set_digests(digests, self.config.verify)
+
+    def _wait_for_residents(self) -> None:
+        numbers = [0, *(group + 1 for group in self.plan.resident)]
+        sizes = [self.outside.nbytes, *(self.groups[group].nbytes for group in self.plan.resident)]
+        for index, number in enumerate(numbers):
+            self._progress("reading resident weights", sum(sizes[:index]), sum(sizes))
+            self.engine.wait(number)
+        self._progress("reading resident weights", sum(sizes), sum(sizes))
+
+
+def _allocate(nbytes: int, phase: int) -> torch.Tensor:
+    """Device memory whose first byte lies `phase` bytes behind a page boundary."""
+    memory = torch.empty(nbytes + 2 * _PAGE_BYTES, dtype=torch.uint8)
+    start = -memory.data_ptr() % _PAGE_BYTES + phase
+    return memory[start : start + nbytes]
+
+
+def _common_phase(groups: Sequence[Group]) -> int:
+    """Where an arena should start, modulo a page, so that most bytes can be read in place.
+
+    Only offsets that keep members aligned come into question; else 0, and reads are staged.
+    """
+    weights: dict[int, int] = {}
+    for group in groups:
+        for extent in group.extents:
+            phase = _phase(extent)
+            weights[phase] = weights.get(phase, 0) + extent.nbytes
+    best = max(weights, key=lambda phase: weights[phase], default=0)
+    return best if best % ALIGNMENT == 0 else 0
+
+
+def _phase(extent: Extent) -> int:
+    return (extent.offset - extent.group_offset) % _PAGE_BYTES
+
+
+def _can_be_viewed(group: Group) -> bool:
+    return group.is_contiguous and group.extents[0].offset % ALIGNMENT == 0
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    groups: Sequence[Group],
+    outside: Group,
+    config: StreamConfig,
+    mode: ReadMode,
+) -> Plan:
+    budget = config.budget
+    if budget == "auto":
+        budget = default_budget(available_bytes())
+    sizes = [group.nbytes for group in groups]
+    rates = Rates()
+    if outside.nbytes + sum(sizes) > budget:
+        path = str(max(checkpoint.files, key=lambda file: file.stamp.size).path)
+        rate = measure_read(path, mode, _RATE_PROBE_BYTES)["gbps"] * 1e9
+        rates = Rates(disk_bytes_per_second=rate)
+    return make_plan(
+        sizes,
+        outside.nbytes,
+        budget,
+        config.lookahead,
+        rates,
+        in_flight_bytes=(mode.depth or _DEFAULT_DEPTH) * mode.chunk_bytes,
+    )
+
+
+def _choose_mode(checkpoint: Checkpoint, config: StreamConfig) -> _Choice:
+    nbytes = sum(file.stamp.size for file in checkpoint.files)
+    available = available_bytes()
+    io, reason = config.io, "asked for"
+    if config.io == "auto":
+        io, reason = _choose_io(checkpoint, nbytes, available)
+    # Pages that fit in memory may stay: the next pass finds them.
+    keeps_pages = io == "mmap" and should_prefault("auto", nbytes, available)[0]
+    return _Choice(
+        ReadMode(
+            io=io,
+            use_uring=config.use_uring,
+            trailing_drop=not keeps_pages,
+            depth=_depth(config),
+            chunk_bytes=config.chunk_bytes,
+        ),
+        reason,
+    )
+
+
+def _choose_io(checkpoint: Checkpoint, nbytes: int, available: int) -> tuple[str, str]:
+    cached = sum(max(0, cached_bytes(str(file.path))) for file in checkpoint.files)
+    fits, _ = should_prefault("auto", nbytes, available)
+    share = f"{format_bytes(cached)} of {format_bytes(nbytes)} are in the page cache"
+    if fits and cached >= _MOSTLY_CACHED * nbytes:
+        return "mmap", f"auto: {share} and all of it fits in free memory"
+    return "direct", f"auto: {share}, {format_bytes(available)} are free"
+
+
+def _depth(config: StreamConfig) -> int | None:
+    """As many reads in flight as `ram_budget` has staging slots for."""
+    if config.ram_budget == "auto":
+        return config.depth
+    slot = config.chunk_bytes + 2 * _PAGE_BYTES
+    affordable = config.ram_budget // slot
+    if affordable < _SMALLEST_DEPTH:
+        raise BudgetError(
+            f"ram_budget must hold {_SMALLEST_DEPTH} staging slots of {slot} bytes, got "
+            f"{config.ram_budget}; allow {_SMALLEST_DEPTH * slot} or lower chunk_bytes."
+        )
+    return min(config.depth or _DEFAULT_DEPTH, affordable)
