@@ -13,7 +13,12 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 ROOT = Path(__file__).parent
 TORCH_2_11 = "0x020b000000000000"
 # Where distributions keep static libraries; the linker's own search would prefer the shared one.
-LIBRARY_FOLDERS = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib"]
+LIBRARY_FOLDERS = [
+    "/usr/lib/x86_64-linux-gnu",
+    "/usr/lib/aarch64-linux-gnu",
+    "/usr/lib64",
+    "/usr/lib",
+]
 
 
 def find_liburing() -> str | None:

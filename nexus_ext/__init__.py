@@ -16,6 +16,7 @@ from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.errors import NexusError
 from nexus_ext.module import StreamedModule, close, plan_of, stats, stream
 from nexus_ext.plan import Plan
+from nexus_ext.pretrained import from_pretrained
 from nexus_ext.profiling import Stats
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Stats",
     "StreamedModule",
     "close",
+    "from_pretrained",
     "plan_of",
     "stats",
     "stream",

@@ -35,13 +35,12 @@ class StreamConfig:
         io: "direct" bypasses the page cache; "buffered" passes through it and leaves nothing
             behind; "mmap" lives in it; "auto" looks at the cache and at free memory.
         lookahead: Groups fetched ahead of the one in use, or "auto".
-        ram_budget: Bytes of host memory for staging, or "auto" (16 reads of a chunk).
+        ram_budget: Bytes of host memory for staging, or "auto" (24 chunks).
         verify: Compare groups with recorded digests: "off", at the "first" landing, or "always".
         prefault: Bring mapped pages in at the start ("mmap" only); "auto" when they fit in memory.
         depth: Reads in flight; None is the reader's default.
         chunk_bytes: Most bytes of one read.
         use_uring: Whether io_uring may be used where it works.
-        faults: Test hook; see `engine.Faults`.
     """
 
     budget: int | Literal["auto"] = "auto"
@@ -109,8 +108,10 @@ def _lookahead(value: int | str) -> int | Literal["auto"]:
         return "auto"
     try:
         return int(value)
-    except ValueError:
-        raise ConfigError(f"lookahead must be a number from 1 on or 'auto', got {value!r}.") from None
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"lookahead must be a number from 1 on or 'auto', got {value!r}."
+        ) from None
 
 
 def _prefault(value: str | None) -> str:

@@ -116,7 +116,8 @@ class Engine:
 
     def digest(self, group: int) -> int:
         """Read a group past the arenas and hash it: XXH3-64 of its extents, in order. Blocks."""
-        return ops.call(native.engine_digest, self.handle, group)
+        digest: int = ops.call(native.engine_digest, self.handle, group)
+        return digest
 
     def acquire(self, group: int, arena: torch.Tensor) -> None:
         """Block until `group` stands in `arena`, and free the arena acquired before.
@@ -143,7 +144,8 @@ class Engine:
 
     def map(self, file: int, offset: int, nbytes: int) -> torch.Tensor:
         """A file's bytes where they are mapped (io "mmap"): uint8, private, not to be written."""
-        return ops.call(native.engine_map, self.handle, file, offset, nbytes)
+        pages: torch.Tensor = ops.call(native.engine_map, self.handle, file, offset, nbytes)
+        return pages
 
     def stats(self) -> dict[str, Any]:
         """Effective modes and counters; see `nexus_ext.profiling.Stats`."""
@@ -178,4 +180,5 @@ def measure_read(path: str, mode: ReadMode, max_bytes: int) -> dict[str, Any]:
 
 def cached_bytes(path: str) -> int:
     """Bytes of the file in the page cache now; -1 where the kernel does not tell."""
-    return ops.call(native.cached_bytes, path)
+    nbytes: int = ops.call(native.cached_bytes, path)
+    return nbytes

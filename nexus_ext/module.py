@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import os
 import threading
 import weakref
@@ -33,12 +32,12 @@ from nexus_ext.blocks import find_blocks
 from nexus_ext.checkpoint import Checkpoint, Group, Member
 from nexus_ext.config import StreamConfig
 from nexus_ext.engine import Faults
-from nexus_ext.errors import CheckpointMismatch, ConfigError, EngineClosed, StreamError
+from nexus_ext.errors import CheckpointMismatch, ConfigError, StreamError
 from nexus_ext.plan import Plan
 from nexus_ext.profiling import Stats
 from nexus_ext.streamer import Progress, Streamer
 
-__all__ = ["StreamedModule", "close", "plan_of", "stats", "stream"]
+__all__ = ["Layout", "StreamedModule", "close", "lay_out", "plan_of", "stats", "stream"]
 
 M = Any  # a module: mypy cannot say "the same class, with one more base"
 
@@ -87,14 +86,27 @@ def stream(
     _detach_closed(model)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint)
-    blocks = find_blocks(model, groups)
-    _check_blocks(blocks)
-    layout = _Layout(model, blocks, checkpoint, rename or (lambda name: name), strict)
-    streamer = Streamer(
-        checkpoint, layout.groups, layout.outside, config, faults=faults, progress=progress
-    )
-    layout.attach(streamer)
+    layout = lay_out(model, checkpoint, groups, rename or (lambda name: name), strict=strict)
+    _check_blocks(layout.blocks)
+    # Arenas outlive an inference_mode that is on now, and gradients need their version counters.
+    with torch.inference_mode(False):
+        streamer = Streamer(
+            checkpoint, layout.groups, layout.outside, config, faults=faults, progress=progress
+        )
+        layout.attach(streamer)
     return model
+
+
+def lay_out(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    groups: str | Iterable[str] | None,
+    rename: Callable[[str], str],
+    *,
+    strict: bool,
+) -> Layout:
+    """Which tensors would form which group; changes nothing. Arguments and errors as `stream`."""
+    return Layout(model, find_blocks(model, groups), checkpoint, rename, strict)
 
 
 def stats(model: nn.Module) -> Stats:
@@ -151,7 +163,7 @@ def _check_blocks(blocks: list[tuple[str, nn.Module]]) -> None:
 # -- from a model's tensors to groups ----------------------------------------------------------
 
 
-class _Layout:
+class Layout:
     """Which tensor of the model belongs to which group, checked against the checkpoint."""
 
     def __init__(
@@ -163,18 +175,32 @@ class _Layout:
         strict: bool,
     ) -> None:
         self.model = model
-        self.blocks = blocks
         self._tensors = _named_tensors(model)
         self._source = _match(self._tensors, checkpoint, rename, strict)
-        grouped = [self._own_names(name, block) for name, block in blocks]
-        inside = set().union(*grouped)
-        self.groups = [
-            checkpoint.group(name, {self._source[tensor] for tensor in names})
-            for (name, _), names in zip(blocks, grouped, strict=True)
-        ]
+        _refuse_unfilled(model)
+        self.blocks: list[tuple[str, nn.Module]] = []
+        self.groups: list[Group] = []
+        self._grouped: list[set[str]] = []
+        for name, block in blocks:
+            self._add_block(name, block, checkpoint)
+        if not self.blocks:
+            raise StreamError(
+                f"Streaming needs blocks with weights of their own; those of {type(model).__name__}"
+                " share all of theirs. Name others: stream(..., groups=['encoder.layer'])."
+            )
+        inside = set().union(*self._grouped)
         rest = {source for name, source in self._source.items() if name not in inside}
         self.outside = checkpoint.group("outside", rest)
-        self._grouped = grouped
+
+    def _add_block(self, name: str, block: nn.Module, checkpoint: Checkpoint) -> None:
+        """Make the block a group, if it has bytes that are its alone: else nothing would move."""
+        names = self._own_names(name, block)
+        group = checkpoint.group(name, {self._source[tensor] for tensor in names})
+        if group.nbytes == 0:
+            return
+        self.blocks.append((name, block))
+        self.groups.append(group)
+        self._grouped.append(names)
 
     def _own_names(self, name: str, block: nn.Module) -> set[str]:
         """The block's parameters that nobody outside shares. Buffers stay: they may be written."""
@@ -219,12 +245,14 @@ class _Layout:
 
     def _place_group(self, slot: _GroupSlot, group: Group, names: set[str]) -> None:
         members = {member.name: member for member in group.members}
+        stand_ins: dict[int, nn.Parameter] = {}
         for name in sorted(names):
             owner, leaf = _owner(self.model, name)
             streamed = _StreamedTensor(slot, members[self._source[name]])
-            owner._parameters[leaf] = nn.Parameter(
-                torch.empty(streamed.shape, dtype=streamed.dtype, device="meta"), False
-            )
+            empty = torch.empty(streamed.shape, dtype=streamed.dtype, device="meta")
+            # As outside: tied before, tied after.
+            key = id(self._tensors[name])
+            owner._parameters[leaf] = stand_ins.setdefault(key, nn.Parameter(empty, False))
             owner.__dict__.setdefault("_nexus_tensors", {})[leaf] = streamed
 
 
@@ -236,11 +264,26 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter under every name it has, then the buffers that a state_dict holds."""
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         for leaf, buffer in module._buffers.items():
             if buffer is not None and leaf not in module._non_persistent_buffers_set:
                 tensors[f"{path}.{leaf}" if path else leaf] = buffer
     return tensors
+
+
+def _refuse_unfilled(model: nn.Module) -> None:
+    """A buffer that no checkpoint holds must have its value already."""
+    empty = [
+        f"{path}.{leaf}" if path else leaf
+        for path, module in model.named_modules()
+        for leaf, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_meta and leaf in module._non_persistent_buffers_set
+    ]
+    if empty:
+        raise StreamError(
+            f"Buffers that a checkpoint does not hold must have values; on meta are "
+            f"{_listed(empty)}. Build the model with parameters alone on meta."
+        )
 
 
 def _match(
@@ -292,7 +335,9 @@ def _refuse_mismatch(
                 f"offset {entry.offset}"
             )
     if problems:
-        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" * (len(problems) > 10))
+        shown = "; ".join(problems[:10]) + (
+            f"; and {len(problems) - 10} more" * (len(problems) > 10)
+        )
         raise CheckpointMismatch(
             f"Model and checkpoint {checkpoint.path} must agree on every tensor: {shown}. "
             "Build the model with the checkpoint's own config and dtype."
@@ -342,17 +387,36 @@ class _GroupSlot:
         self.number = torch.tensor(streamer.number(index))
         self.engine = streamer.engine.handle
         self.is_resident = streamer.is_resident(index)
-        self.is_live = self.is_resident
-        self._attachment = weakref.ref(attachment)
+        self.life = attachment.life
 
-    def acquire(self, dep: torch.Tensor | None) -> None:
+    @property
+    def is_live(self) -> bool:
+        return self.is_resident or self.life.slot is self
+
+    def acquire(self, dep: torch.Tensor) -> None:
         """Eager: wait for the group; what was read through the group before is over."""
-        attachment = self._attachment()
-        if attachment is None:
-            raise EngineClosed("The streamed model this block belongs to is gone; keep the model.")
-        attachment.make_live(self)
-        ops.acquire_(self.arena, self.number if dep is None else dep, self.number, self.engine)
-        self.is_live = True
+        if self.life.slot is not self:
+            self.life.end()
+        ops.acquire_(self.arena, dep, self.number, self.engine)
+        self.life.slot = self
+
+    def acquire_compiled(self, dep: torch.Tensor) -> None:
+        """The same inside a graph. `life` is only written here: read, it would be a guard."""
+        self.life.slot = None
+        ops.native.acquire_(self.arena, dep, self.number, self.engine)
+
+
+class _Life:
+    """Which group of a model is acquired now, as far as eager code knows."""
+
+    slot: _GroupSlot | None = None
+
+    def end(self) -> None:
+        """The arena will be refilled."""
+        before, self.slot = self.slot, None
+        if before is not None and not before.is_resident:
+            # autograd may have kept a view for backward: let it refuse instead of reading on.
+            torch.autograd.graph.increment_version(before.arena)
 
 
 class _Attachment:
@@ -361,23 +425,13 @@ class _Attachment:
     def __init__(self, model: nn.Module, streamer: Streamer) -> None:
         self.streamer = streamer
         self.lock = threading.RLock()
-        self._live: _GroupSlot | None = None
+        self.life = _Life()
         self._finalizer = weakref.finalize(model, streamer.close)
         model.__dict__["_nexus"] = self
 
     @property
     def is_closed(self) -> bool:
         return not self._finalizer.alive
-
-    def make_live(self, slot: _GroupSlot) -> None:
-        """End the life of the group before: its arena will be refilled."""
-        before, self._live = self._live, slot
-        if before is None or before is slot or before.is_resident:
-            return
-        before.is_live = False
-        if torch.is_grad_enabled():
-            # autograd may have kept a view for backward: let it refuse instead of reading on.
-            torch.autograd.graph.increment_version(before.arena)
 
     @contextlib.contextmanager
     def one_pass(self) -> Iterator[None]:
@@ -386,12 +440,12 @@ class _Attachment:
             try:
                 yield
             finally:
+                self.life.end()
                 if not self.is_closed:
                     self.streamer.end_pass()
 
     def close(self) -> None:
-        if self._live is not None:
-            self._live.is_live = False
+        self.life.end()
         self._finalizer()
 
 
@@ -443,11 +497,14 @@ def _streamed_class(
         "__doc__": base.__doc__,
         "_nexus_base": base,
         "_apply": lambda self, *args, **kwargs: _refuse(self, "moved or converted"),
+        "_load_from_state_dict": lambda self, *args, **kwargs: _refuse(self, "loaded into"),
         "__deepcopy__": lambda self, memo: _refuse(self, "copied"),
         "__reduce_ex__": lambda self, protocol: _refuse(self, "pickled or copied"),
     }
     for name in names:
         namespace[name] = _streamed_attribute(name)
+    if names:
+        namespace["register_parameter"] = _registering(base, names)
     forward = base.forward
     if is_block:
         forward = _acquiring(forward)
@@ -471,24 +528,33 @@ def _streamed_attribute(name: str) -> property:
         # See Note [Where a streamed parameter is].
         return self._parameters[name]  # type: ignore[no-any-return]
 
-    def refuse(self: M, value: object) -> NoReturn:
-        raise StreamError(
-            f"A streamed parameter cannot be assigned; {name!r} of {type(self).__name__} is read "
-            "from the checkpoint. Change it there, or leave this block out of `groups`."
-        )
+    return property(get)
 
-    return property(get, refuse)
+
+def _registering(base: type[nn.Module], names: tuple[str, ...]) -> Callable[..., None]:
+    """nn.Module assigns parameters through here, past any property."""
+
+    def register_parameter(self: M, name: str, param: nn.Parameter | None) -> None:
+        if name in names:
+            raise StreamError(
+                f"A streamed parameter cannot be assigned; {name!r} of {type(self).__name__} is "
+                "read from the checkpoint. Change it there, or leave this block out of `groups`."
+            )
+        base.register_parameter(self, name, param)
+
+    return register_parameter
 
 
 def _acquiring(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def acquire_then_forward(self: M, *args: Any, **kwargs: Any) -> Any:
         slot = self._nexus_group
-        dep = _first_tensor(args, kwargs)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        # What the block computes from: acquire_ is ordered after it.
+        dep = tensors[0] if tensors else slot.number
         if torch.compiler.is_compiling():
-            ops.native.acquire_(
-                slot.arena, slot.number if dep is None else dep, slot.number, slot.engine
-            )
+            _refuse_gradients(slot, tensors)
+            slot.acquire_compiled(dep)
         else:
             slot.acquire(dep)
         return forward(self, *args, **kwargs)
@@ -496,12 +562,20 @@ def _acquiring(forward: Callable[..., Any]) -> Callable[..., Any]:
     return acquire_then_forward
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """What the block computes from: acquire_ is ordered after it."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            return value
-    return None
+def _refuse_gradients(slot: _GroupSlot, tensors: list[torch.Tensor]) -> None:
+    """A compiled backward would read an arena that was refilled meanwhile, and nothing would tell.
+
+    Eager code notices: see `_Life.end`.
+    """
+    if (
+        torch.is_grad_enabled()
+        and not slot.is_resident
+        and any(tensor.requires_grad for tensor in tensors)
+    ):
+        raise StreamError(
+            "A compiled streamed block computes no gradients, and its input requires one. Run it "
+            "under torch.no_grad(), or do not compile it."
+        )
 
 
 def _serialised(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -139,8 +139,8 @@ def predict_step(
     """Simulate one warm pass: seconds of the second, when the steady state is reached.
 
     One reader loads the streamed groups in order, one at a time, and goes on across the end of a
-    pass. A load waits until its arena is free: until the computation asks for the streamed group
-    after the one that lies there. A streamed group computes once its load has landed.
+    pass. A load waits until its arena is free: until the computation asks for the group, resident
+    or streamed, after the one that lies there. A streamed group computes once its load has landed.
 
     Args:
         group_bytes: Bytes of each group, in forward order.
@@ -156,8 +156,8 @@ def predict_step(
     for _ in range(2):
         start = clock
         for group, seconds in enumerate(compute_seconds):
-            if group in arenas:
-                freed[previous], previous = clock, arenas[group]
+            freed[previous], previous = clock, arenas.get(group)
+            if previous is not None:
                 begin = max(landed, freed.get(previous, 0.0))
                 landed = begin + group_bytes[group] / disk_bytes_per_second
                 clock = max(clock, landed)

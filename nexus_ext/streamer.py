@@ -24,7 +24,7 @@ from nexus_ext.memory import available_bytes, default_budget, format_bytes, shou
 from nexus_ext.plan import Plan, Rates, make_plan
 from nexus_ext.profiling import Stats
 
-__all__ = ["Progress", "Streamer"]
+__all__ = ["Progress", "Streamer", "plan_groups"]
 
 # Called as (what, done_bytes, total_bytes) while something takes long.
 Progress = Callable[[str, int, int], None]
@@ -33,6 +33,7 @@ _log = logging.getLogger("nexus_ext")
 
 # Direct reads land in place when memory and file agree modulo this.
 _PAGE_BYTES = 4096
+_HUGE_PAGE_BYTES = 2 << 20
 _DEFAULT_DEPTH = 16
 _SMALLEST_DEPTH = 2
 # "auto" trusts the page cache from this share of the checkpoint on.
@@ -88,7 +89,7 @@ class Streamer:
         self._progress = progress or (lambda what, done, total: None)
         choice = _choose_mode(checkpoint, config)
         self._reason = choice.reason
-        self.plan = _plan(checkpoint, self.groups, outside, config, choice.mode)
+        self.plan = plan_groups(checkpoint, self.groups, outside, config, choice.mode)
         self._prefault_reason = "only mapped files are pre-faulted"
         self.engine = Engine(
             checkpoint.files, choice.mode, poison=poisons_freed_arenas(), faults=faults
@@ -217,18 +218,25 @@ class Streamer:
         self.engine.set_digests(digests, self.config.verify)
 
     def _wait_for_residents(self) -> None:
+        everything = (self.outside, *self.groups)
         numbers = [0, *(group + 1 for group in self.plan.resident)]
-        sizes = [self.outside.nbytes, *(self.groups[group].nbytes for group in self.plan.resident)]
-        for index, number in enumerate(numbers):
-            self._progress("reading resident weights", sum(sizes[:index]), sum(sizes))
-            self.engine.wait(number)
-        self._progress("reading resident weights", sum(sizes), sum(sizes))
+        total = sum(everything[number].nbytes for number in numbers)
+        done = 0
+        for number in numbers:
+            self._progress("reading resident weights", done, total)
+            # Nothing lands where there is nothing to read.
+            if everything[number].extents:
+                self.engine.wait(number)
+            done += everything[number].nbytes
+        self._progress("reading resident weights", total, total)
 
 
 def _allocate(nbytes: int, phase: int) -> torch.Tensor:
-    """Device memory whose first byte lies `phase` bytes behind a page boundary."""
-    memory = torch.empty(nbytes + 2 * _PAGE_BYTES, dtype=torch.uint8)
-    start = -memory.data_ptr() % _PAGE_BYTES + phase
+    """Device memory whose first byte lies `phase` bytes behind a (huge) page boundary."""
+    page = _HUGE_PAGE_BYTES if nbytes >= _HUGE_PAGE_BYTES else _PAGE_BYTES
+    # What lies before and behind is never touched, and so never takes memory.
+    memory = torch.empty(nbytes + page + _PAGE_BYTES, dtype=torch.uint8)
+    start = -memory.data_ptr() % page + phase
     return memory[start : start + nbytes]
 
 
@@ -254,13 +262,19 @@ def _can_be_viewed(group: Group) -> bool:
     return group.is_contiguous and group.extents[0].offset % ALIGNMENT == 0
 
 
-def _plan(
+def plan_groups(
     checkpoint: Checkpoint,
     groups: Sequence[Group],
     outside: Group,
     config: StreamConfig,
-    mode: ReadMode,
+    mode: ReadMode | None = None,
 ) -> Plan:
+    """The plan for `config`; where something must stream, the disk's rate is measured first.
+
+    Raises:
+        BudgetError: The budget is too small; names the smallest that works.
+    """
+    mode = mode or _choose_mode(checkpoint, config).mode
     budget = config.budget
     if budget == "auto":
         budget = default_budget(available_bytes())
@@ -283,7 +297,8 @@ def _plan(
 def _choose_mode(checkpoint: Checkpoint, config: StreamConfig) -> _Choice:
     nbytes = sum(file.stamp.size for file in checkpoint.files)
     available = available_bytes()
-    io, reason = config.io, "asked for"
+    io: str = config.io
+    reason = "asked for"
     if config.io == "auto":
         io, reason = _choose_io(checkpoint, nbytes, available)
     # Pages that fit in memory may stay: the next pass finds them.
@@ -314,10 +329,11 @@ def _depth(config: StreamConfig) -> int | None:
     if config.ram_budget == "auto":
         return config.depth
     slot = config.chunk_bytes + 2 * _PAGE_BYTES
-    affordable = config.ram_budget // slot
+    # The engine has half as many slots again as reads in flight.
+    affordable = config.ram_budget // slot * 2 // 3
     if affordable < _SMALLEST_DEPTH:
         raise BudgetError(
-            f"ram_budget must hold {_SMALLEST_DEPTH} staging slots of {slot} bytes, got "
-            f"{config.ram_budget}; allow {_SMALLEST_DEPTH * slot} or lower chunk_bytes."
+            f"ram_budget must hold {_SMALLEST_DEPTH * 3 // 2} staging slots of {slot} bytes, got "
+            f"{config.ram_budget}; allow {_SMALLEST_DEPTH * 3 // 2 * slot} or lower chunk_bytes."
         )
     return min(config.depth or _DEFAULT_DEPTH, affordable)

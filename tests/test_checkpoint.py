@@ -182,6 +182,18 @@ def test_an_empty_directory_is_refused_with_what_was_looked_for(tmp_path: Path) 
     assert f"{tmp_path} holds nothing" in message
 
 
+def test_a_directory_that_cannot_be_listed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "listdir", denied)
+    message = refusal(tmp_path)
+    assert f"the directory {str(tmp_path)!r} must be there and readable" in message
+    assert "Permission denied" in message
+
+
 @pytest.mark.parametrize("name", ["absent.safetensors", "absent", "x.index.json", "a\0b", "\ud800"])
 def test_a_missing_path_is_refused_with_what_was_looked_for(tmp_path: Path, name: str) -> None:
     message = refusal(tmp_path / name)

@@ -209,6 +209,7 @@ def test_a_host_path_unseen_in_a_container_means_the_mount_itself(
 ) -> None:
     machine.cgroups(f"5:memory:{own}", V1_MOUNT)
     machine.v1("", 2 * GIB, 1 * GIB)
+    machine.v1("../host", 1, 0)
     assert machine.available == 1 * GIB
 
 
@@ -240,6 +241,13 @@ def test_the_first_mount_of_a_hierarchy_is_the_one_we_believe(machine: Machine) 
     machine.v2("job", 2 * GIB, 1 * GIB)
     write(machine.root / "mnt/cgroup/memory.max", 0)
     write(machine.root / "mnt/cgroup/memory.current", 0)
+    assert machine.available == 1 * GIB
+
+
+def test_nothing_above_the_mount_counts(machine: Machine) -> None:
+    machine.cgroups("0::/job", HYBRID_MOUNT)
+    machine.v2("unified/job", 2 * GIB, 1 * GIB)
+    machine.v2("", 1, 0)
     assert machine.available == 1 * GIB
 
 
@@ -324,7 +332,7 @@ def test_prefault_gives_its_reason_with_the_numbers() -> None:
         "auto: 3.00 GiB to map, 10.00 GiB available, which is under the limit of 80 %"
     )
     for mode in ("on", "off"):
-        reason = should_prefault(mode, 3 * GIB, 10 * GIB)[1]  # type: ignore[arg-type]
+        reason = should_prefault(mode, 3 * GIB, 10 * GIB)[1]
         assert reason == f"pre-fault is {mode} as asked: 3.00 GiB to map, 10.00 GiB available"
 
 

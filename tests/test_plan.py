@@ -108,10 +108,16 @@ def test_a_small_group_stays_where_a_big_one_would_not_fit() -> None:
     assert set(plan.resident) == {6, 7}
 
 
-def test_the_group_that_is_added_is_the_farthest_from_the_residents() -> None:
-    sizes = [1, 9, 9, 9, 9, 9, 1, 9, 9, 1]
-    residents = [make_plan(sizes, 0, budget, lookahead=1).resident for budget in (19, 20, 21)]
-    assert residents == [(9,), (6, 9), (0, 6, 9)]
+@pytest.mark.parametrize(
+    ("small", "residents"),
+    [((0, 6, 9), [(9,), (6, 9), (0, 6, 9)]), ((3, 8, 9), [(9,), (3, 9), (3, 8, 9)])],
+)
+def test_the_group_that_is_added_is_the_farthest_from_the_residents(
+    small: tuple[int, ...], residents: list[tuple[int, ...]]
+) -> None:
+    sizes = [1 if group in small else 9 for group in range(10)]
+    budgets = (19, 20, 21)
+    assert [make_plan(sizes, 0, budget, lookahead=1).resident for budget in budgets] == residents
 
 
 @given(SIZES, st.integers(0, 50), st.integers(0, 900), LOOKAHEADS, st.integers(0, 200))

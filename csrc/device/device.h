@@ -12,6 +12,8 @@ class Device {
   virtual ~Device() = default;
   // May the disk write straight into this device's memory?
   virtual bool is_host() const = 0;
+  // Readies untouched memory that reads will land in; a hint.
+  virtual void prepare(std::byte* at, int64_t nbytes) = 0;
   // Moves staged bytes to their place. `from` may be reused on return.
   virtual void copy(std::byte* to, const std::byte* from, int64_t nbytes) = 0;
   // Makes freed memory unmistakable: every float format reads these bytes as NaN.

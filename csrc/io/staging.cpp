@@ -18,6 +18,7 @@ Staging::Staging(int num_slots, int64_t slot_bytes)
     fail("EngineError", "Staging needs ", nbytes_,
          " bytes of host memory and got none. Lower ram_budget.");
   }
+  madvise(address, static_cast<size_t>(nbytes_), MADV_HUGEPAGE);  // a hint
   base_ = static_cast<std::byte*>(address);
 }
 

@@ -26,6 +26,10 @@ int64_t since_ns(Clock::time_point begin) {
 // How often a waiting caller looks for Ctrl-C.
 constexpr std::chrono::milliseconds kInterruptPoll{50};
 
+// Half as many slots again as reads in flight: while one answer is copied out, the queue stays
+// full.
+int num_slots(int depth) { return depth + depth / 2; }
+
 bool never_interrupted() { return false; }
 
 bool lies_in(const std::byte* data, const File& file) {
@@ -64,6 +68,7 @@ void Engine::attach(std::vector<ArenaMemory> arenas, const std::vector<GroupSpec
     arena.is_view = std::any_of(files_.begin(), files_.end(), [&](const auto& file) {
       return lies_in(arena.memory.data, *file);
     });
+    if (!arena.is_view) device_->prepare(arena.memory.data, arena.memory.nbytes);
   }
   int64_t largest_slot = 0;
   for (const GroupSpec& spec : groups) {
@@ -110,15 +115,15 @@ void Engine::open_reader(int64_t largest_slot) {
     }
   }
   if (is_staged) {
-    staging_ = std::make_unique<Staging>(std::max(options_.mode.depth, kLargestDefaultDepth),
-                                         largest_slot);
+    const int depth = std::max(options_.mode.depth, kLargestDefaultDepth);
+    staging_ = std::make_unique<Staging>(num_slots(depth), largest_slot);
     buffers.push_back(staging_->memory());
   }
   make_reader(rung_, options_.mode, buffers);
   if (options_.has_faults) {
     rung_.reader = make_faulty_reader(std::move(rung_.reader), options_.faults, &fault_counts_);
   }
-  chunks_.resize(static_cast<size_t>(rung_.reader->depth()));
+  chunks_.resize(static_cast<size_t>(num_slots(rung_.reader->depth())));
 }
 
 void Engine::set_digests(const std::vector<uint64_t>& digests, Verify verify) {
@@ -349,7 +354,7 @@ std::string Engine::stats() const {
   out.add("io_mode", rung_.io == "direct" && !is_direct ? "buffered" : rung_.io)
       .add("reader", rung_.reader == nullptr ? std::string() : rung_.reader->name())
       .add("refusal", refusal)
-      .add("depth", static_cast<int64_t>(chunks_.size()))
+      .add("depth", static_cast<int64_t>(rung_.reader == nullptr ? 0 : rung_.reader->depth()))
       .add("chunk_bytes", options_.mode.chunk_bytes)
       .add("staging_bytes", staging_ == nullptr ? int64_t{0} : staging_->nbytes())
       .add("num_views", static_cast<int64_t>(std::count_if(arenas_.begin(), arenas_.end(),

@@ -58,6 +58,8 @@ void Engine::run() {
     Request* request = rung_.reader->wait();
     lock.lock();
     --num_in_flight_;
+    // The disk gets its next request before this answer is copied and hashed.
+    if (!is_closing_) issue();
     complete(*std::find_if(chunks_.begin(), chunks_.end(),
                            [request](const Chunk& c) { return &c.request == request; }),
              lock);
@@ -81,6 +83,7 @@ bool Engine::issue_next(size_t arena_index) {
   if (arena.state != State::kLoading || arena.stale_in_flight > 0 || !arena.load->has_next()) {
     return false;
   }
+  if (num_in_flight_ >= rung_.reader->depth()) return false;
   const auto chunk = std::find_if(chunks_.begin(), chunks_.end(),
                                   [](const Chunk& candidate) { return !candidate.is_busy; });
   if (chunk == chunks_.end()) return false;

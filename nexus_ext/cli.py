@@ -1,0 +1,294 @@
+"""The command line: `nexus run | bench | plan | doctor | demo`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.table import Table
+
+from nexus_ext.errors import MissingExtra, NexusError
+from nexus_ext.memory import format_bytes, parse_bytes
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Run PyTorch models that do not fit.", no_args_is_help=True, add_completion=False
+)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A folder with safetensors, or a hub id.")]
+Budget = Annotated[str, typer.Option(help="Device bytes for weights: 1GiB, 500MB, auto.")]
+Io = Annotated[str, typer.Option(help="direct, buffered, mmap or auto.")]
+Lookahead = Annotated[str, typer.Option(help="Groups fetched ahead, or auto.")]
+RamBudget = Annotated[str, typer.Option(help="Host bytes for staging, or auto.")]
+Verify = Annotated[str, typer.Option(help="off, first or always.")]
+Prefault = Annotated[
+    str | None, typer.Option(help="auto, on or off (mmap); default: NEXUS_PREFAULT or auto.")
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.")]
+
+
+def main() -> None:
+    """Entry point: an error of ours is one line and exit code 1, never a traceback."""
+    try:
+        app()
+    except NexusError as error:
+        err.print(f"[bold red]error[/] {type(error).__name__}: ", end="")
+        err.print(str(error), markup=False, highlight=False)
+        sys.exit(1)
+
+
+@app.command()
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    budget: Budget = "auto",
+    io: Io = "auto",
+    lookahead: Lookahead = "auto",
+    ram_budget: RamBudget = "auto",
+    verify: Verify = "off",
+    prefault: Prefault = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    json_file: JsonFile = None,
+) -> None:
+    """Generate text, streaming the weights."""
+    import torch
+
+    from nexus_ext.hub import locate
+    from nexus_ext.module import close, stats
+    from nexus_ext.pretrained import from_pretrained
+
+    path = locate(model)
+    tokenizer = _tokenizer(path)
+    with _byte_progress() as progress:
+        streamed: Any = from_pretrained(
+            path,
+            budget=budget,
+            io=io,
+            lookahead=lookahead,
+            ram_budget=ram_budget,
+            verify=verify,
+            prefault=prefault,
+            progress=progress,
+        )
+    inputs = tokenizer(prompt, return_tensors="pt")
+    began = time.perf_counter()
+    with torch.inference_mode(), err.status("generating"):
+        tokens = streamed.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    seconds = time.perf_counter() - began
+    text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    counters = stats(streamed)
+    close(streamed)
+    num_new = tokens.shape[1] - inputs["input_ids"].shape[1]
+    out.print(text, markup=False, highlight=False)
+    err.print(f"{num_new} tokens in {seconds:.2f} s ({num_new / seconds:.2f} tokens/s); {counters}")
+    if counters.prefault_bytes:
+        err.print(
+            f"pre-fault: {format_bytes(counters.prefault_bytes)} warmed in "
+            f"{counters.prefault_seconds:.2f} s"
+        )
+    _write(
+        json_file,
+        {
+            "text": text,
+            "tokens": tokens[0].tolist(),
+            "seconds": seconds,
+            "tokens_per_second": num_new / seconds,
+            "stats": counters.__dict__,
+        },
+    )
+
+
+@app.command()
+def bench(
+    model: Model,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Rounds; figures are medians.")] = 5,
+    budget: Budget = "auto",
+    io: Io = "auto",
+    lookahead: Lookahead = "auto",
+    verify: Verify = "off",
+    against: Annotated[
+        str, typer.Option(help="Peers, with commas: resident, accelerate. '' for none.")
+    ] = "resident",
+    memory_limit: Annotated[
+        str | None, typer.Option(help="Bytes each process may use (cgroup), e.g. 2GiB.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure a step against its bounds, the disk's ceiling, and peers."""
+    from nexus_ext.bench import bench as measure
+
+    with err.status("starting") as status:
+        result = measure(
+            model,
+            num_tokens=tokens,
+            num_steps=steps,
+            against=[peer.strip() for peer in against.split(",") if peer.strip()],
+            memory_limit=None if memory_limit is None else parse_bytes(memory_limit),
+            progress=_narrator(status.update),
+            budget=budget,
+            io=io,
+            lookahead=lookahead,
+            verify=verify,
+        )
+    out.print(_bench_table(result))
+    _write(json_file, result)
+
+
+@app.command()
+def plan(
+    model: Model,
+    budget: Budget = "auto",
+    lookahead: Lookahead = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Show what would stay, what would stream, and the step that predicts. Reads no weights."""
+    from nexus_ext.pretrained import plan_pretrained
+
+    made = plan_pretrained(model, budget=budget, lookahead=lookahead)
+    out.print(made.describe(), markup=False, highlight=False)
+    fields = dict(made.__dict__)
+    _write(json_file, fields | {"device_bytes": made.device_bytes})
+
+
+@app.command()
+def doctor(
+    path: Annotated[Path | None, typer.Argument(help="A big file on the disk to test.")] = None,
+    tune: Annotated[bool, typer.Option(help="Also try depths and chunk sizes on it.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Say what this machine offers, which modes will be used, and why."""
+    from nexus_ext import doctor as surgery
+
+    if tune and path is None:
+        raise typer.BadParameter("--tune needs the file to tune for: nexus doctor FILE --tune")
+    with err.status("reading"):
+        facts = surgery.examine(path)
+        rates = surgery.tune(path) if tune and path is not None else []
+    table = Table(show_header=False)
+    for name, fact in facts.items():
+        table.add_row(name, str(fact))
+    out.print(table)
+    for rate in rates:
+        out.print(
+            f"depth={rate['depth']:<3} chunk_bytes={format_bytes(rate['chunk_bytes']):<11} "
+            f"{rate['gbps']:.2f} GB/s"
+        )
+    _write(json_file, facts | {"tune": rates})
+
+
+@app.command()
+def demo(json_file: JsonFile = None) -> None:
+    """Stream a random 1 GB Llama under a quarter of its size and compare it with itself in memory."""
+    from nexus_ext.demo import demo as show
+
+    with err.status("starting") as status:
+        result = show(progress=_narrator(status.update))
+    out.print(_bench_table(result))
+    _write(json_file, result)
+    if not result["tokens_equal"]:
+        err.print("[bold red]the streamed model's tokens differ from the resident model's[/]")
+        raise typer.Exit(1)
+
+
+def _tokenizer(path: Path) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise MissingExtra("`nexus run` needs transformers: pip install 'nexus_ext[hf]'.") from None
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise NexusError(
+            f"A prompt needs the model's tokenizer beside its weights; {path}: {error}"
+        ) from error
+
+
+def _narrator(update: Callable[[str], None]) -> Callable[[str], None]:
+    """On a terminal the status line changes; in a log every line stays."""
+    if err.is_terminal:
+        return update
+    return lambda what: err.print(what, markup=False, highlight=False)
+
+
+@contextmanager
+def _byte_progress() -> Iterator[Callable[[str, int, int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    with Progress(*columns, console=err, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield progress
+
+
+def _bench_table(r: dict[str, Any]) -> Table:
+    table = Table(title=f"{r['num_tokens']} token(s) a step, {r['machine']['cpu']}")
+    table.add_column("what")
+    table.add_column("measured", justify="right")
+    table.add_column("beside it")
+    rows = [
+        ("step", f"{r['step_seconds']:.3f} s", f"predicted {r['predicted_step_seconds']:.3f} s"),
+        (
+            "its parts",
+            f"{r['slack_x']:.2f}x the larger",
+            f"compute {r['compute_seconds']:.3f} s, I/O {r['io_seconds']:.3f} s",
+        ),
+        ("waiting for weights", f"{r['weight_stall_ratio']:.0%}", "of the step"),
+        (
+            "streamed",
+            f"{r['stream_gbps']:.2f} GB/s",
+            f"{format_bytes(r['bytes_streamed_per_step'])} a step",
+        ),
+        (
+            "share of the disk's ceiling",
+            f"{r['share_of_ceiling']:.0%}",
+            f"{r['disk_ceiling_gbps']:.2f} GB/s ({r['disk_ceiling_source']})",
+        ),
+        ("model", format_bytes(r["model_bytes"]), f"budget {format_bytes(r['budget_bytes'])}"),
+        (
+            "groups",
+            f"{r['streamed_groups']} streamed",
+            f"{r['resident_groups']} resident, lookahead {r['lookahead']}",
+        ),
+        (
+            "peak memory",
+            format_bytes(r["peak_rss_bytes"]),
+            f"{format_bytes(r['baseline_rss_bytes'])} of it before any weight",
+        ),
+        ("page cache growth", format_bytes(r["file_cache_growth_bytes"]), "of the model's files"),
+        ("I/O mode", r["io_mode"], f"{r['reader']}; asked for {r['io_mode_requested']}"),
+    ]
+    for kind, peer in r["peers"].items():
+        rows.append(
+            (
+                f"against {kind}",
+                f"{peer['nexus_speedup']:.2f}x its speed",
+                f"{peer['step_seconds']:.3f} s, peak {format_bytes(peer['peak_rss_bytes'])}",
+            )
+        )
+    if "tokens_equal" in r:
+        verdict = "equal" if r["tokens_equal"] else "DIFFERENT"
+        rows.append(("tokens", verdict, f"to the resident model's: {len(r['tokens'])} tokens"))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _write(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2, default=list) + "\n")

@@ -1,0 +1,178 @@
+"""`from_pretrained`: a transformers model built empty, then streamed from its checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nexus_ext.checkpoint import Checkpoint
+from nexus_ext.config import StreamConfig
+from nexus_ext.errors import ConfigError, MissingExtra
+from nexus_ext.hub import locate
+from nexus_ext.module import lay_out, stream
+from nexus_ext.plan import Plan
+from nexus_ext.streamer import Progress, plan_groups
+
+__all__ = ["build_empty", "from_pretrained", "plan_pretrained"]
+
+_log = logging.getLogger("nexus_ext")
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    model_class: str | type[nn.Module] | None = None,
+    device: str | torch.device = "cpu",
+    groups: str | Iterable[str] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A transformers model that streams its weights; `generate` and everything else works.
+
+    Blocks for a download where `name` is a hub id, then for the weights that stay resident. At no
+    time is the whole model in memory. The dtype is the checkpoint's own.
+
+    Args:
+        name: A folder with config.json and safetensors, or a hub id.
+        model_class: A transformers class or its name; None takes the one named in the config.
+        device: As in `stream`.
+        groups: As in `stream`.
+        progress: As in `stream`.
+        **options: As in `stream`: budget, io, lookahead, ram_budget, verify, prefault, ...
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        ConfigError: No such model, no such class, or an option that cannot be.
+        NexusError: As `stream`.
+    """
+    path = locate(name)
+    checkpoint = Checkpoint.open(path)
+    model = build_empty(path, checkpoint, model_class)
+    rename = _renaming(model, checkpoint)
+    _report_unused(model, checkpoint, rename)
+    return stream(
+        model,
+        checkpoint,
+        device=device,
+        groups=groups,
+        rename=rename,
+        # As transformers does: a head or a buffer that this class has no use for stays unread.
+        strict=False,
+        progress=progress,
+        **options,
+    )
+
+
+def plan_pretrained(
+    name: str | Path,
+    *,
+    model_class: str | type[nn.Module] | None = None,
+    groups: str | Iterable[str] | None = None,
+    **options: Any,
+) -> Plan:
+    """What `from_pretrained` would keep and stream, read from headers alone. Raises as it does."""
+    path = locate(name)
+    checkpoint = Checkpoint.open(path)
+    model = build_empty(path, checkpoint, model_class)
+    layout = lay_out(model, checkpoint, groups, _renaming(model, checkpoint), strict=False)
+    return plan_groups(checkpoint, layout.groups, layout.outside, StreamConfig.of(**options))
+
+
+def build_empty(
+    path: Path, checkpoint: Checkpoint, model_class: str | type[nn.Module] | None = None
+) -> nn.Module:
+    """The model of `path/config.json` in eval mode, parameters on meta, buffers computed."""
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"A model folder needs a config.json; {path}: {error}") from error
+    kind = _class_of(transformers, config, model_class)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(_dtype_of(config, checkpoint))
+    try:
+        with _parameters_on_meta():
+            model: nn.Module = kind(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.tie_weights()  # type: ignore[operator]
+    if (path / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model.eval()
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtra(
+            "from_pretrained needs transformers: pip install 'nexus_ext[hf]'. Without it, use "
+            "nexus_ext.stream(module, checkpoint)."
+        ) from None
+    return transformers
+
+
+def _class_of(transformers: Any, config: Any, asked: str | type[nn.Module] | None) -> Any:
+    if isinstance(asked, type):
+        return asked
+    name = asked or next(iter(config.architectures or ()), None)
+    kind = getattr(transformers, name, None) if name else None
+    if kind is None:
+        raise ConfigError(
+            f"model_class must name a class of transformers, got {name!r}; pass the class that "
+            "fits this checkpoint."
+        )
+    return kind
+
+
+def _dtype_of(config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype most of the checkpoint's bytes have: weights are never converted."""
+    weights: dict[torch.dtype, int] = {}
+    for entry in checkpoint.entries.values():
+        if entry.dtype.is_floating_point:
+            weights[entry.dtype] = weights.get(entry.dtype, 0) + entry.nbytes
+    fallback = config.dtype or torch.float32
+    return max(weights, key=lambda dtype: weights[dtype], default=fallback)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters are made without memory; buffers, which no checkpoint may hold, are real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _renaming(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
+    """Names differ by the base model's prefix when model and checkpoint differ in their head."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+
+    def rename(name: str) -> str:
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        return next((c for c in candidates if c in checkpoint.entries), name)
+
+    return rename
+
+
+def _report_unused(model: nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str]) -> None:
+    used = {rename(name) for name in model.state_dict()}
+    unused = [name for name in checkpoint.entries if name not in used]
+    if unused:
+        _log.info(
+            "%s has no use for %d tensors: %s", type(model).__name__, len(unused), unused[:10]
+        )
