@@ -64,7 +64,7 @@ def bench(
         **options: As in `stream`.
 
     Returns:
-        The keys listed in docs/benchmarks.md; bytes, seconds, and 1e9 bytes a second.
+        The keys listed in benchmarks/README.md; bytes, seconds, and 1e9 bytes a second.
     """
     check_kinds(list(against))
     path = locate(model)

@@ -18,7 +18,7 @@ from rich.table import Table
 from nexus_ext.errors import MissingExtra, NexusError
 from nexus_ext.memory import format_bytes, parse_bytes
 
-__all__ = ["app", "main"]
+__all__ = ["app", "bench_table", "main"]
 
 app = typer.Typer(
     help="Run PyTorch models that do not fit.", no_args_is_help=True, add_completion=False
@@ -142,7 +142,7 @@ def bench(
             lookahead=lookahead,
             verify=verify,
         )
-    out.print(_bench_table(result))
+    out.print(bench_table(result))
     _write(json_file, result)
 
 
@@ -190,12 +190,12 @@ def doctor(
 
 @app.command()
 def demo(json_file: JsonFile = None) -> None:
-    """Stream a random 1 GB Llama under a quarter of its size and compare it with itself in memory."""
+    """Stream a random 1 GB Llama under a quarter of its size; compare it with itself in memory."""
     from nexus_ext.demo import demo as show
 
     with err.status("starting") as status:
         result = show(progress=_narrator(status.update))
-    out.print(_bench_table(result))
+    out.print(bench_table(result))
     _write(json_file, result)
     if not result["tokens_equal"]:
         err.print("[bold red]the streamed model's tokens differ from the resident model's[/]")
@@ -236,7 +236,7 @@ def _byte_progress() -> Iterator[Callable[[str, int, int], None]]:
         yield progress
 
 
-def _bench_table(r: dict[str, Any]) -> Table:
+def bench_table(r: dict[str, Any]) -> Table:
     table = Table(title=f"{r['num_tokens']} token(s) a step, {r['machine']['cpu']}")
     table.add_column("what")
     table.add_column("measured", justify="right")

@@ -12,7 +12,7 @@
     │   ├── CheckpointChanged       a file was replaced or modified while it was streamed
     │   └── CorruptCheckpoint       bytes differ from their recorded digest
     └── EngineError             the native engine could not do what was asked
-        ├── ReadError           the disk answered with an error; names file and offset (also an OSError)
+        ├── ReadError           the disk answered with an error (also an OSError)
         ├── EngineClosed        the engine was closed before
         ├── ForkedEngine        used in a child process; engines do not survive fork
         └── ThreadConflict      two threads ran one model at the same time

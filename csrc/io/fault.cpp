@@ -1,6 +1,7 @@
 #include "io/fault.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <map>
@@ -13,7 +14,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-enum class Fault { kNone, kError, kAgain, kShort, kDelay, kFlip };
+enum class Fault { kNone, kError, kAgain, kShort, kDelay, kFlip, kRefuse };
 
 class FaultyReader final : public Reader {
  public:
@@ -28,15 +29,20 @@ class FaultyReader final : public Reader {
 
   void submit(Request* request) override {
     const Fault fault = draw();
-    if (fault == Fault::kError || fault == Fault::kAgain) {
-      request->result = fault == Fault::kError ? -EIO : (below(2) == 0 ? -EAGAIN : -EINTR);
-      ++(fault == Fault::kError ? counts_->errors : counts_->retries);
-      ready_.push_back(request);
-      return;
+    switch (fault) {
+      case Fault::kError:
+        return answer(request, -EIO, counts_->errors);
+      case Fault::kAgain:
+        return answer(request, below(2) == 0 ? -EAGAIN : -EINTR, counts_->retries);
+      case Fault::kRefuse:
+        if (!request->file->is_direct()) break;
+        return answer(request, -EINVAL, counts_->refusals);
+      case Fault::kDelay:
+        return postpone(request);
+      default:
+        break;
     }
-    faults_[request] = fault;
-    ++num_inner_;
-    inner_->submit(request);
+    pass_on(request, fault);
   }
 
   Request* wait() override {
@@ -46,8 +52,7 @@ class FaultyReader final : public Reader {
         ready_.pop_back();
         return request;
       }
-      release_late();
-      if (!ready_.empty()) continue;
+      start_late();
       if (num_inner_ == 0) {
         std::this_thread::sleep_until(late_.begin()->first);
         continue;
@@ -65,7 +70,8 @@ class FaultyReader final : public Reader {
                                                {plan_.again_ppm, Fault::kAgain},
                                                {plan_.short_ppm, Fault::kShort},
                                                {plan_.delay_ppm, Fault::kDelay},
-                                               {plan_.flip_ppm, Fault::kFlip}};
+                                               {plan_.flip_ppm, Fault::kFlip},
+                                               {plan_.refuse_ppm, Fault::kRefuse}};
     for (const auto& [ppm, fault] : table) {
       if (chance < ppm) return fault;
       chance -= ppm;
@@ -73,17 +79,37 @@ class FaultyReader final : public Reader {
     return Fault::kNone;
   }
 
+  void answer(Request* request, int64_t result, std::atomic<int64_t>& count) {
+    ++count;
+    request->result = result;
+    ready_.push_back(request);
+  }
+
+  void pass_on(Request* request, Fault fault) {
+    faults_[request] = fault;
+    ++num_inner_;
+    inner_->submit(request);
+  }
+
+  // The read itself begins late: who does not wait for it finds the bytes missing, and who lets
+  // another read into its buffer finds that one overwritten.
+  void postpone(Request* request) {
+    ++counts_->delays;
+    const auto delay = std::chrono::microseconds(below(static_cast<uint64_t>(plan_.delay_us) + 1));
+    late_.emplace(Clock::now() + delay, request);
+  }
+
+  void start_late() {
+    while (!late_.empty() && late_.begin()->first <= Clock::now()) {
+      pass_on(late_.begin()->second, Fault::kNone);
+      late_.erase(late_.begin());
+    }
+  }
+
   void receive(Request* request) {
     --num_inner_;
     const Fault fault = faults_[request];
     faults_.erase(request);
-    if (fault == Fault::kDelay) {
-      ++counts_->delays;
-      const auto delay =
-          std::chrono::microseconds(below(static_cast<uint64_t>(plan_.delay_us) + 1));
-      late_.emplace(Clock::now() + delay, request);
-      return;
-    }
     if (request->result > 1 && fault == Fault::kShort) shorten(request);
     if (request->result > 0 && fault == Fault::kFlip) flip(request);
     ready_.push_back(request);
@@ -109,13 +135,6 @@ class FaultyReader final : public Reader {
     ++counts_->flips;
     const uint64_t bit = below(static_cast<uint64_t>(request->result) * 8);
     request->buffer[bit / 8] ^= std::byte(1u << (bit % 8));
-  }
-
-  void release_late() {
-    while (!late_.empty() && late_.begin()->first <= Clock::now()) {
-      ready_.push_back(late_.begin()->second);
-      late_.erase(late_.begin());
-    }
   }
 
   std::unique_ptr<Reader> inner_;

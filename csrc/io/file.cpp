@@ -92,8 +92,8 @@ bool File::enable_direct() {
     refusal_ = "the file lives in memory (tmpfs), where direct I/O has no meaning";
     return false;
   }
-  alignment_ = ask_alignment(buffered_);
-  if (alignment_.offset == 0) {
+  const Alignment alignment = ask_alignment(buffered_);
+  if (alignment.offset == 0) {
     refusal_ = "the file system reports no direct I/O for this file";
     return false;
   }
@@ -103,6 +103,7 @@ bool File::enable_direct() {
     refuse_direct(std::strerror(error));
     return false;
   }
+  alignment_ = alignment;
   is_direct_ = true;
   check_unchanged();  // the path was opened a second time
   return true;

@@ -14,11 +14,24 @@ constexpr int kThreadsDepth = 8;
 // Page cache copies are bound by memory, not by the number of requests.
 constexpr int kMmapDepth = 2;
 
+// More than any file system's alignment, so that every chunk holds whole units.
+constexpr int64_t kSmallestChunk = 64 << 10;
+// One read of Linux ends 4096 bytes before 2 GiB.
+constexpr int64_t kLargestChunk = 1 << 30;
+
+void check_chunk(const ReadMode& mode) {
+  if (mode.chunk_bytes < kSmallestChunk || mode.chunk_bytes > kLargestChunk) {
+    fail("ConfigError", "chunk_bytes must lie in ", kSmallestChunk, "..", kLargestChunk, ", got ",
+         mode.chunk_bytes, ".");
+  }
+}
+
 int depth_or(const ReadMode& mode, int standard) { return mode.depth > 0 ? mode.depth : standard; }
 
 }  // namespace
 
 Rung prepare_files(const std::vector<std::unique_ptr<File>>& files, const ReadMode& mode) {
+  check_chunk(mode);
   Rung rung;
   rung.io = mode.io;
   if (mode.io == "mmap") {

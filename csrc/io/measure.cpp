@@ -31,7 +31,7 @@ Stamp stamp_now(const std::string& path) {
 int64_t sweep(Reader& reader, File& file, const Staging& staging, int64_t chunk_bytes,
               int64_t max_bytes) {
   std::vector<Request> requests(static_cast<size_t>(reader.depth()));
-  const int64_t whole = std::max(chunk_bytes, align_down(file.size(), chunk_bytes));
+  const int64_t whole = std::max<int64_t>(1, file.size() / chunk_bytes) * chunk_bytes;
   int64_t asked = 0;
   int64_t read = 0;
   int in_flight = 0;
@@ -67,18 +67,20 @@ std::string measure_read(const std::string& path, const ReadMode& mode, int64_t 
   files.push_back(std::make_unique<File>(path, stamp_now(path)));
   Rung rung = prepare_files(files, mode);
   const int num_slots = std::max(mode.depth, kLargestDefaultDepth);
-  const Staging staging(num_slots, mode.chunk_bytes);
+  // Every read starts and ends where O_DIRECT accepts it.
+  const int64_t chunk_bytes = align_down(mode.chunk_bytes, files[0]->alignment().offset);
+  const Staging staging(num_slots, chunk_bytes);
   make_reader(rung, mode, {staging.memory()});
   using Clock = std::chrono::steady_clock;
   const Clock::time_point began = Clock::now();
-  const int64_t bytes = sweep(*rung.reader, *files[0], staging, mode.chunk_bytes, max_bytes);
+  const int64_t bytes = sweep(*rung.reader, *files[0], staging, chunk_bytes, max_bytes);
   const double seconds = std::chrono::duration<double>(Clock::now() - began).count();
   return JsonObject()
       .add("io_mode", rung.io)
       .add("reader", rung.reader->name())
       .add("refusal", rung.refusal)
       .add("depth", static_cast<int64_t>(rung.reader->depth()))
-      .add("chunk_bytes", mode.chunk_bytes)
+      .add("chunk_bytes", chunk_bytes)
       .add("bytes", bytes)
       .add("seconds", seconds)
       .add("gbps", static_cast<double>(bytes) / seconds * 1e-9)
