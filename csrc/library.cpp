@@ -41,16 +41,28 @@ ReadMode read_mode(const std::string& io, bool allow_uring, bool trailing_drop, 
 
 FaultPlan fault_plan(const Ints& faults) {
   return {faults.at(0), faults.at(1), faults.at(2), faults.at(3),
-          faults.at(4), faults.at(5), faults.at(6)};
+          faults.at(4), faults.at(5), faults.at(6), faults.at(7)};
 }
 
 // --- acquire_ ---------------------------------------------------------------------------------
 
-// `dep` orders the call after the computation that produced it; its values are not looked at.
-void acquire_(const Tensor& arena, const Tensor& dep, const Tensor& group_id, int64_t engine) {
-  (void)dep;
+void acquire_group(const Tensor& arena, const Tensor& group_id, int64_t engine, bool hold) {
   const int64_t group = *static_cast<const int64_t*>(group_id.const_data_ptr());
-  find_engine(engine)->acquire(static_cast<int>(group), bytes_of(arena), arena.numel());
+  find_engine(engine)->acquire(static_cast<int>(group), bytes_of(arena), arena.numel(), hold);
+}
+
+// `dep` orders the call after the computation that produced it; its values are not looked at.
+void acquire_(const Tensor& arena, const Tensor&, const Tensor& group_id, int64_t engine) {
+  acquire_group(arena, group_id, engine, false);
+}
+
+void acquire_held_(const Tensor& arena, const Tensor&, const Tensor& group_id, int64_t engine) {
+  acquire_group(arena, group_id, engine, true);
+}
+
+void release_(const Tensor&, std::vector<Tensor>, const Tensor& group_id, int64_t engine) {
+  const int64_t group = *static_cast<const int64_t*>(group_id.const_data_ptr());
+  find_engine(engine)->release(static_cast<int>(group));
 }
 
 // --- the engine ---------------------------------------------------------------------------------
@@ -164,6 +176,13 @@ STABLE_TORCH_LIBRARY(nexus, m) {
   // so.
   m.def("acquire_(Tensor(a!) arena, Tensor dep, Tensor group_id, int engine) -> ()");
 
+  // The same, but the arena stays as it is until release_, however many groups are acquired
+  // meanwhile: for compiled code, whose readers need not run before the next group's acquire_.
+  m.def("acquire_.held(Tensor(a!) arena, Tensor dep, Tensor group_id, int engine) -> ()");
+  // Every reader of the held group has run: the arena may be refilled, and is said to be mutated.
+  // `deps` are what the readers made: computed before, they need no copy of the arena.
+  m.def("release_(Tensor(a!) arena, Tensor[] deps, Tensor group_id, int engine) -> ()");
+
   // stamps: device, inode, size, mtime_ns per path. faults: the fields of FaultPlan, or empty.
   m.def(
       "engine_open(str[] paths, int[] stamps, str io, bool allow_uring, bool trailing_drop, "
@@ -190,6 +209,8 @@ STABLE_TORCH_LIBRARY(nexus, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(nexus, CPU, m) {
   m.impl("acquire_", TORCH_BOX(&nexus::acquire_));
+  m.impl("acquire_.held", TORCH_BOX(&nexus::acquire_held_));
+  m.impl("release_", TORCH_BOX(&nexus::release_));
   m.impl("xxh3", TORCH_BOX(&nexus::xxh3));
 }
 

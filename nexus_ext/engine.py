@@ -41,6 +41,7 @@ class Faults:
     delay_ppm: int = 0
     flip_ppm: int = 0
     delay_us: int = 0
+    refuse_ppm: int = 0
 
 
 class Engine:

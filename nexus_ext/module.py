@@ -403,7 +403,13 @@ class _GroupSlot:
     def acquire_compiled(self, dep: torch.Tensor) -> None:
         """The same inside a graph. `life` is only written here: read, it would be a guard."""
         self.life.slot = None
-        ops.native.acquire_(self.arena, dep, self.number, self.engine)
+        ops.native.acquire_.held(self.arena, dep, self.number, self.engine)
+
+    def release_compiled(self, result: object) -> None:
+        """The end of the block. A compiler may move what nobody needs yet past the next block's
+        acquire, but not past this: it needs what the block made, and mutates what it read.
+        """
+        ops.native.release_(self.arena, _tensors_in(result), self.number, self.engine)
 
 
 class _Life:
@@ -555,11 +561,24 @@ def _acquiring(forward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             _refuse_gradients(slot, tensors)
             slot.acquire_compiled(dep)
-        else:
-            slot.acquire(dep)
+            result = forward(self, *args, **kwargs)
+            slot.release_compiled(result)
+            return result
+        slot.acquire(dep)
         return forward(self, *args, **kwargs)
 
     return acquire_then_forward
+
+
+def _tensors_in(value: object) -> list[torch.Tensor]:
+    """The tensors of a block's result, through tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        return [tensor for item in value for tensor in _tensors_in(item)]
+    return []
 
 
 def _refuse_gradients(slot: _GroupSlot, tensors: list[torch.Tensor]) -> None:

@@ -22,15 +22,24 @@ native = torch.ops.nexus
 
 # The stable ABI takes tags from torch 2.12 on, and we build for 2.11. acquire_ waits on the host,
 # which a CUDA graph cannot replay: the compiler must cut the graph around it.
-native.acquire_.default.tags.append(torch.Tag.cudagraph_unsafe)
+for _op in (native.acquire_.default, native.acquire_.held, native.release_.default):
+    _op.tags.append(torch.Tag.cudagraph_unsafe)
 
 
 @torch.library.register_fake("nexus::acquire_")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("nexus::acquire_.held")  # type: ignore[untyped-decorator]
 def _acquire_fake(
     arena: torch.Tensor, dep: torch.Tensor, group_id: torch.Tensor, engine: int
 ) -> None:
     torch._check(arena.dtype == torch.uint8 and arena.dim() == 1)
     torch._check(group_id.dtype == torch.int64 and group_id.dim() == 0)
+
+
+@torch.library.register_fake("nexus::release_")  # type: ignore[untyped-decorator]
+def _release_fake(
+    arena: torch.Tensor, deps: list[torch.Tensor], group_id: torch.Tensor, engine: int
+) -> None:
+    torch._check(arena.dtype == torch.uint8 and arena.dim() == 1)
 
 
 def call(op: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

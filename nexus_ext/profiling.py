@@ -50,6 +50,7 @@ class Stats:
     num_verified: int
     num_healed: int
     num_dropped: int
+    num_cloned: int
     stall_seconds: float
     busy_seconds: float
     prefault_bytes: int

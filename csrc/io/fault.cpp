@@ -66,12 +66,10 @@ class FaultyReader final : public Reader {
 
   Fault draw() {
     auto chance = static_cast<int64_t>(below(1'000'000));
-    const std::pair<int64_t, Fault> table[] = {{plan_.errno_ppm, Fault::kError},
-                                               {plan_.again_ppm, Fault::kAgain},
-                                               {plan_.short_ppm, Fault::kShort},
-                                               {plan_.delay_ppm, Fault::kDelay},
-                                               {plan_.flip_ppm, Fault::kFlip},
-                                               {plan_.refuse_ppm, Fault::kRefuse}};
+    const std::pair<int64_t, Fault> table[] = {
+        {plan_.errno_ppm, Fault::kError}, {plan_.again_ppm, Fault::kAgain},
+        {plan_.short_ppm, Fault::kShort}, {plan_.delay_ppm, Fault::kDelay},
+        {plan_.flip_ppm, Fault::kFlip},   {plan_.refuse_ppm, Fault::kRefuse}};
     for (const auto& [ppm, fault] : table) {
       if (chance < ppm) return fault;
       chance -= ppm;

@@ -13,9 +13,9 @@ namespace nexus {
 // Chances are in millionths of a request, and exclude each other in this order.
 struct FaultPlan {
   int64_t seed = 0;
-  int64_t errno_ppm = 0;  // EIO
-  int64_t again_ppm = 0;  // EAGAIN, EINTR
-  int64_t short_ppm = 0;  // fewer bytes than asked for
+  int64_t errno_ppm = 0;   // EIO
+  int64_t again_ppm = 0;   // EAGAIN, EINTR
+  int64_t short_ppm = 0;   // fewer bytes than asked for
   int64_t delay_ppm = 0;   // not a byte comes before the delay is over, and others overtake
   int64_t flip_ppm = 0;    // one bit differs
   int64_t delay_us = 0;    // longest delay

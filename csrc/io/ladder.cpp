@@ -19,10 +19,16 @@ constexpr int64_t kSmallestChunk = 64 << 10;
 // One read of Linux ends 4096 bytes before 2 GiB.
 constexpr int64_t kLargestChunk = 1 << 30;
 
-void check_chunk(const ReadMode& mode) {
+constexpr int kLargestDepth = 1024;
+
+void check_mode(const ReadMode& mode) {
   if (mode.chunk_bytes < kSmallestChunk || mode.chunk_bytes > kLargestChunk) {
     fail("ConfigError", "chunk_bytes must lie in ", kSmallestChunk, "..", kLargestChunk, ", got ",
          mode.chunk_bytes, ".");
+  }
+  if (mode.depth < 0 || mode.depth > kLargestDepth) {
+    fail("ConfigError", "depth must lie in 0..", kLargestDepth, " (0: the reader's default), got ",
+         mode.depth, ".");
   }
 }
 
@@ -31,7 +37,7 @@ int depth_or(const ReadMode& mode, int standard) { return mode.depth > 0 ? mode.
 }  // namespace
 
 Rung prepare_files(const std::vector<std::unique_ptr<File>>& files, const ReadMode& mode) {
-  check_chunk(mode);
+  check_mode(mode);
   Rung rung;
   rung.io = mode.io;
   if (mode.io == "mmap") {

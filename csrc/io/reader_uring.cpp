@@ -40,11 +40,12 @@ class UringReader final : public Reader {
     slot.request = request;
     ++slot.generation;
     io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
-    // As many entries as slots, and each submission is flushed at once: there is always room.
-    if (sqe == nullptr) fail("EngineError", "io_uring has no free entry; this is a defect.");
+    // As many entries as slots, and each submission is flushed at once: there is room unless the
+    // kernel has stopped taking them. Asking again flushes again.
+    if (sqe == nullptr) return refused_.push_back({&slot, -EAGAIN});
     prepare(sqe, *request);
     io_uring_sqe_set_data64(sqe, slot.generation << 32 | index);
-    flush(slot);
+    flush(sqe, slot);
   }
 
   Request* wait() override {
@@ -96,13 +97,18 @@ class UringReader final : public Reader {
     }
   }
 
-  void flush(Slot& slot) {
+  void flush(io_uring_sqe* sqe, Slot& slot) {
     int submitted = 0;
     do {
       submitted = io_uring_submit(&ring_);
     } while (submitted == -EINTR || submitted == -EAGAIN || submitted == -EBUSY);
+    if (submitted >= 0) return;
+    // The entry stays in the queue, and must not read into a buffer that was given back.
+    const uint64_t tag = sqe->user_data;
+    io_uring_prep_nop(sqe);
+    io_uring_sqe_set_data64(sqe, tag);
     // The request is answered through the one way out, like every other.
-    if (submitted < 0) refused_.push_back({&slot, submitted});
+    refused_.push_back({&slot, submitted});
   }
 
   Request* take_refused() {

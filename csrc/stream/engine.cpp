@@ -132,18 +132,44 @@ void Engine::set_digests(const std::vector<uint64_t>& digests, Verify verify) {
   verify_ = verify;
 }
 
-void Engine::acquire(int group, const std::byte* arena, int64_t nbytes) {
+void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
   std::unique_lock lock(mutex_);
   check_usable();
-  check_arena(group, arena, nbytes);
+  check_arena(group, nbytes);
   check_thread();
   release_current(group);
   current_ = group;
-  if (group_at(group).position >= 0) {
-    position_ = group_at(group).position;
-  }
+  if (group_at(group).position >= 0) position_ = group_at(group).position;
+  Arena& home = arena_of(group);
+  const bool is_clone = arena != home.memory.data;
+  if (is_clone) distrust_clone(home, group_at(group));
+  // Readers of what was held here are ordered before this call: both say that they use the arena.
+  home.is_held = false;
   await(lock, group);
-  held_generation_ = arena_of(group).generation;
+  home.acquired_generation = home.generation;
+  home.is_held = hold;
+  if (!is_clone) return;
+  ++counters_.num_cloned;
+  device_->copy(arena, home.memory.data, group_at(group).nbytes);
+}
+
+void Engine::release(int group) {
+  std::lock_guard lock(mutex_);
+  check_usable();
+  if (group < 0 || group >= static_cast<int>(groups_.size())) return;
+  Arena& arena = arena_of(group);
+  if (!arena.is_held || arena.group != group) return;
+  arena.is_held = false;
+  free_arena(arena, group);
+  if (current_ == group) current_ = -1;
+  schedule();
+}
+
+// See Note [Clones]. An arena of one group only gets back what it held.
+void Engine::distrust_clone(Arena& arena, const Group& group) {
+  if (group.position < 0 || arena.is_view) return;
+  arena.is_cloned = true;
+  if (arena.state == State::kLanded) arena.state = State::kEmpty;
 }
 
 void Engine::wait_resident(int group) {
@@ -185,14 +211,14 @@ void Engine::check_thread() {
   owner_ = me;
 }
 
-void Engine::check_arena(int group, const std::byte* arena, int64_t nbytes) const {
+void Engine::check_arena(int group, int64_t nbytes) const {
   if (group < 0 || group >= static_cast<int>(groups_.size())) {
     fail("EngineError", "A group id lies in [0, ", groups_.size(), "), got ", group, ".");
   }
-  const ArenaMemory& memory = arenas_[static_cast<size_t>(group_at(group).arena)].memory;
-  if (arena != memory.data || nbytes != memory.nbytes) {
+  const int64_t wanted = arenas_[static_cast<size_t>(group_at(group).arena)].memory.nbytes;
+  if (nbytes != wanted) {
     fail("EngineError", "acquire_ takes the arena that group ", group, " was attached with (",
-         memory.nbytes, " bytes), got another tensor of ", nbytes, " bytes.");
+         wanted, " bytes), got a tensor of ", nbytes, " bytes.");
   }
 }
 
@@ -200,24 +226,29 @@ void Engine::check_arena(int group, const std::byte* arena, int64_t nbytes) cons
 void Engine::release_current(int next) {
   if (current_ < 0 || current_ == next) return;
   Arena& arena = arena_of(current_);
-  // A failed or interrupted acquire held nothing.
-  if (arena.group != current_ || arena.state != State::kLanded) return;
-  if (arena.generation != held_generation_) {
-    fail("EngineError", "An arena was refilled while group ", current_, " was in use (generation ",
-         held_generation_, " became ", arena.generation,
+  if (!arena.is_held) free_arena(arena, current_);
+}
+
+// From here on the arena may be refilled.
+void Engine::free_arena(Arena& arena, int group) {
+  // A failed or interrupted acquire got nothing.
+  if (arena.group != group || arena.state != State::kLanded) return;
+  if (arena.generation != arena.acquired_generation) {
+    fail("EngineError", "An arena was refilled while group ", group, " was in use (generation ",
+         arena.acquired_generation, " became ", arena.generation,
          "). The output is wrong; this is a defect of nexus_ext, please report it.");
   }
-  const Group& group = group_at(current_);
-  if (group.position < 0) return;
+  if (group_at(group).position < 0) return;
   if (options_.poison && !arena.is_view) {
     device_->poison(arena.memory.data, arena.memory.nbytes);
     arena.state = State::kEmpty;
     arena.group = -1;
   }
+  if (arena.is_cloned) arena.state = State::kEmpty;
   if (arena.is_view) {
     // Present pages cost a look; absent ones are read ahead again.
     arena.state = State::kEmpty;
-    left_behind_.push_back(current_);
+    left_behind_.push_back(group);
   }
 }
 
@@ -275,6 +306,7 @@ void Engine::want(int group) {
   if (claims_[index] == num_schedules_) return;
   claims_[index] = num_schedules_;
   Arena& arena = arenas_[index];
+  if (arena.is_held || (arena.is_cloned && group != current_)) return;
   // A group that failed is read again when it is asked for, and not before.
   const bool has_failed = arena.group == group && arena.state == State::kFailed;
   const bool is_there = arena.group == group && arena.state != State::kEmpty;
@@ -376,15 +408,17 @@ std::string Engine::stats() const {
       .add("num_verified", c.num_verified)
       .add("num_healed", c.num_healed)
       .add("num_dropped", c.num_dropped)
+      .add("num_cloned", c.num_cloned)
       .add("stall_seconds", static_cast<double>(c.stall_ns) * 1e-9)
       .add("busy_seconds", static_cast<double>(c.busy_ns) * 1e-9)
       .add("prefault_bytes", prefault_bytes_.load())
       .add("prefault_seconds", static_cast<double>(prefault_ns_.load()) * 1e-9)
-      .add("num_injected_errors", fault_counts_.errors)
-      .add("num_injected_retries", fault_counts_.retries)
-      .add("num_injected_shorts", fault_counts_.shorts)
-      .add("num_injected_delays", fault_counts_.delays)
-      .add("num_injected_flips", fault_counts_.flips);
+      .add("num_injected_errors", fault_counts_.errors.load())
+      .add("num_injected_retries", fault_counts_.retries.load())
+      .add("num_injected_shorts", fault_counts_.shorts.load())
+      .add("num_injected_delays", fault_counts_.delays.load())
+      .add("num_injected_flips", fault_counts_.flips.load())
+      .add("num_injected_refusals", fault_counts_.refusals.load());
   return out.str();
 }
 

@@ -1,7 +1,7 @@
 // The engine: moves groups from files into arenas ahead of the computation that reads them.
 //
 //   acquire(g)         the caller is about to read group g, and has finished with the one before
-//        │ frees the arena of the group before
+//        │ frees the arena of the group before, unless that is held; release(g) frees a held one
 //        ▼
 //   schedule()         the groups that come next, each into its own arena, in order of need
 //        ▼
@@ -16,6 +16,12 @@
 // generation are requested only after the last read of an old one has come back, so an old read
 // can never write over new bytes. acquire() remembers the generation it handed out and asserts, at
 // the next acquire, that nobody refilled the arena while it was in use.
+//
+// Note [Clones]
+// A compiler that functionalises may run acquire_ on a clone of the arena, and at the end of its
+// graph write the clone's bytes back into the arena itself (aot_eager does). The op keeps its word:
+// the memory it is given holds the group. But what stands in that arena afterwards is not ours, so
+// an arena that was cloned once is never loaded ahead again, and never believed to hold anything.
 #pragma once
 
 #include <atomic>
@@ -63,19 +69,23 @@ enum class Verify { kOff, kFirst, kAlways };
 class Engine {
  public:
   Engine(std::vector<std::unique_ptr<File>> files, EngineOptions options);
-  // Waits for the reads in flight. In a forked child, where the thread does not exist, it leaks.
+  // Waits for the reads in flight. Not for a forked child: the thread stayed in the parent.
   ~Engine();
 
   // Starts the thread and the first loads: residents (every group not in `order`), then the first
   // groups of `order`. Once only.
   void attach(std::vector<ArenaMemory> arenas, const std::vector<GroupSpec>& groups,
               const std::vector<int>& order, int lookahead);
-  // Digests by group; from here on landings are checked.
+  // Digests by group; from here on landings are checked. What was read before, except the group
+  // in use, is read again.
   void set_digests(const std::vector<uint64_t>& digests, Verify verify);
 
-  // Blocks until `group` stands in its arena, which must be the one at `arena`. Frees the arena of
-  // the group acquired before. Throws what went wrong with the read; the engine stays usable.
-  void acquire(int group, const std::byte* arena, int64_t nbytes);
+  // Blocks until `group` stands in its arena, and frees the arena of the group acquired before.
+  // When `arena` is another memory of the same size, the bytes are copied there; see Note [Clones].
+  // Throws what went wrong with the read; the engine stays usable.
+  void acquire(int group, std::byte* arena, int64_t nbytes, bool hold);
+  // The readers of a held group are through. Does nothing for a group that is not held.
+  void release(int group);
   // Blocks until a resident group has landed; frees nothing.
   void wait_resident(int group);
   // The calling thread is done with the last group it acquired: another thread may begin.
@@ -100,7 +110,10 @@ class Engine {
 
   struct Arena {
     ArenaMemory memory;
-    bool is_view = false;  // lies in a file's mapping
+    bool is_view = false;    // lies in a file's mapping
+    bool is_cloned = false;  // see Note [Clones]
+    bool is_held = false;    // in use until release()
+    uint64_t acquired_generation = 0;
     State state = State::kEmpty;
     int group = -1;
     uint64_t generation = 0;
@@ -120,7 +133,9 @@ class Engine {
     uint64_t generation = 0;
     std::shared_ptr<Load> load;
     size_t piece = 0;
+    bool was_direct = false;
     int64_t num_read = 0;  // from the window's start
+    int64_t reached = 0;   // the most that num_read has been
     int attempts = 0;
   };
 
@@ -129,16 +144,18 @@ class Engine {
     int64_t num_reads = 0, num_short_reads = 0, num_retries = 0, num_stale_reads = 0;
     int64_t num_loads = 0, num_landed = 0, num_failed = 0;
     int64_t num_hits = 0, num_waits = 0, num_mispredicted = 0, num_resident_hits = 0;
-    int64_t num_verified = 0, num_healed = 0, num_dropped = 0;
+    int64_t num_verified = 0, num_healed = 0, num_dropped = 0, num_cloned = 0;
     int64_t stall_ns = 0, busy_ns = 0;
   };
 
   // Caller's side. All expect the mutex.
   void check_usable() const;
   void check_thread();
-  void check_arena(int group, const std::byte* arena, int64_t nbytes) const;
+  void check_arena(int group, int64_t nbytes) const;
+  void distrust_clone(Arena& arena, const Group& group);
   void open_reader(int64_t largest_slot);
   void release_current(int next);
+  void free_arena(Arena& arena, int group);
   void await(std::unique_lock<std::mutex>& lock, int group);
   void schedule();
   void want(int group);
@@ -188,7 +205,6 @@ class Engine {
   int num_in_flight_ = 0;
   int current_ = -1;   // the group last acquired
   int position_ = -1;  // the place in order_ last acquired
-  uint64_t held_generation_ = 0;
   std::thread::id owner_;
   Counters counters_;
   bool is_closing_ = false;
