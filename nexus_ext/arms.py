@@ -11,6 +11,7 @@ import importlib
 import multiprocessing
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
@@ -28,6 +29,8 @@ from nexus_ext.pretrained import from_pretrained
 __all__ = ["KINDS", "Arm", "ArmSpec"]
 
 _SEED = 0
+# What the parent raises in its own name; anything else ends the process with its traceback.
+_EXPECTED = (NexusError, OSError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _serve(pipe: Connection, spec: ArmSpec, tasks: Path | None) -> None:
         tasks.write_text(str(os.getpid()))
     try:
         runner = KINDS[spec.kind](spec)
-    except Exception as error:
+    except _EXPECTED as error:
         pipe.send(error)
         return
     pipe.send(runner.facts)
@@ -136,11 +139,11 @@ def _serve(pipe: Connection, spec: ArmSpec, tasks: Path | None) -> None:
             return
         try:
             pipe.send(getattr(runner, name)(*arguments))
-        except Exception as error:
+        except _EXPECTED as error:
             pipe.send(error)
 
 
-class _Runner:
+class _Runner(ABC):
     """A model in this process, and how to run it."""
 
     def __init__(self, spec: ArmSpec) -> None:
@@ -159,8 +162,9 @@ class _Runner:
         generator = torch.Generator().manual_seed(_SEED)
         self.prompt = torch.randint(0, vocabulary, (1, spec.num_tokens), generator=generator)
 
+    @abstractmethod
     def _load(self, spec: ArmSpec) -> Any:
-        raise NotImplementedError
+        """The model, ready to be called."""
 
     def _forward(self) -> None:
         with torch.inference_mode():

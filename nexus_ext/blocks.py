@@ -18,7 +18,7 @@ __all__ = ["find_blocks"]
 def find_blocks(
     model: nn.Module, groups: str | Iterable[str] | None
 ) -> list[tuple[str, nn.Module]]:
-    """The (name, module) pairs that each become one group, in the order of definition.
+    """The (name, module) pairs that each become one group, in the order of names, then definition.
 
     Args:
         model: The whole model.
@@ -32,12 +32,12 @@ def find_blocks(
         names = _repeating_containers(model)
     else:
         names = [groups] if isinstance(groups, str) else list(groups)
-    blocks: list[tuple[str, nn.Module]] = []
-    for name in names:
-        blocks += _expand(model, name)
     # A module listed twice moves once.
-    unique = {id(block): (name, block) for name, block in reversed(blocks)}
-    found = [pair for pair in reversed(unique.values()) if _has_parameters(pair[1])]
+    unique: dict[int, tuple[str, nn.Module]] = {}
+    for name in names:
+        for path, block in _expand(model, name):
+            unique.setdefault(id(block), (path, block))
+    found = [pair for pair in unique.values() if _has_parameters(pair[1])]
     _check_disjoint(found)
     if not found:
         raise StreamError(

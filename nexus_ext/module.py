@@ -487,9 +487,8 @@ def _subclass_all(model: nn.Module, blocks: list[nn.Module]) -> None:
     for module in list(model.modules()):
         names = tuple(sorted(module.__dict__.get("_nexus_tensors", ())))
         if names or id(module) in is_block or module is model:
-            module.__class__ = _streamed_class(
-                type(module), names, id(module) in is_block, module is model
-            )
+            kind: Any = type(module)  # a class can be a key; mypy sees nn.Module's __hash__ only
+            module.__class__ = _streamed_class(kind, names, id(module) in is_block, module is model)
 
 
 @functools.cache
@@ -528,7 +527,7 @@ def _streamed_attribute(name: str) -> property:
         slot = tensor.slot
         if torch.compiler.is_compiling():
             raw = slot.arena[tensor.begin : tensor.end]
-            return raw.view(tensor.dtype).view(tensor.shape)
+            return raw.view(tensor.dtype).view(tensor.shape)  # type: ignore[no-any-return]
         if slot.is_live:
             return tensor.view  # type: ignore[no-any-return]
         # See Note [Where a streamed parameter is].

@@ -19,6 +19,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 native = torch.ops.nexus
+_check: Any = torch._check  # untyped
 
 # The stable ABI takes tags from torch 2.12 on, and we build for 2.11. acquire_ waits on the host,
 # which a CUDA graph cannot replay: the compiler must cut the graph around it.
@@ -26,20 +27,24 @@ for _op in (native.acquire_.default, native.acquire_.held, native.release_.defau
     _op.tags.append(torch.Tag.cudagraph_unsafe)
 
 
+def _check_arena(arena: torch.Tensor) -> None:
+    _check(arena.dtype == torch.uint8 and arena.dim() == 1)
+
+
 @torch.library.register_fake("nexus::acquire_")  # type: ignore[untyped-decorator]
 @torch.library.register_fake("nexus::acquire_.held")  # type: ignore[untyped-decorator]
 def _acquire_fake(
     arena: torch.Tensor, dep: torch.Tensor, group_id: torch.Tensor, engine: int
 ) -> None:
-    torch._check(arena.dtype == torch.uint8 and arena.dim() == 1)
-    torch._check(group_id.dtype == torch.int64 and group_id.dim() == 0)
+    _check_arena(arena)
+    _check(group_id.dtype == torch.int64 and group_id.dim() == 0)
 
 
 @torch.library.register_fake("nexus::release_")  # type: ignore[untyped-decorator]
 def _release_fake(
     arena: torch.Tensor, deps: list[torch.Tensor], group_id: torch.Tensor, engine: int
 ) -> None:
-    torch._check(arena.dtype == torch.uint8 and arena.dim() == 1)
+    _check_arena(arena)
 
 
 def call(op: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
