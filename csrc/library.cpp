@@ -34,9 +34,14 @@ std::byte* bytes_of(const Tensor& tensor) {
   return static_cast<std::byte*>(tensor.mutable_data_ptr());
 }
 
+// What no int can hold is no group, file or arena either, and is refused as one.
+int number(int64_t value) {
+  return value == static_cast<int>(value) ? static_cast<int>(value) : -1;
+}
+
 ReadMode read_mode(const std::string& io, bool allow_uring, bool trailing_drop, int64_t depth,
                    int64_t chunk_bytes) {
-  return {io, allow_uring, trailing_drop, static_cast<int>(depth), chunk_bytes};
+  return {io, allow_uring, trailing_drop, number(depth), chunk_bytes};
 }
 
 FaultPlan fault_plan(const Ints& faults) {
@@ -46,9 +51,16 @@ FaultPlan fault_plan(const Ints& faults) {
 
 // --- acquire_ ---------------------------------------------------------------------------------
 
+int group_of(const Tensor& group_id) {
+  if (group_id.scalar_type() != torch::headeronly::ScalarType::Long || group_id.numel() != 1) {
+    fail("EngineError", "A group id is a 0-dim int64 tensor, got ", group_id.numel(),
+         " elements of ", group_id.element_size(), " bytes.");
+  }
+  return number(*static_cast<const int64_t*>(group_id.const_data_ptr()));
+}
+
 void acquire_group(const Tensor& arena, const Tensor& group_id, int64_t engine, bool hold) {
-  const int64_t group = *static_cast<const int64_t*>(group_id.const_data_ptr());
-  find_engine(engine)->acquire(static_cast<int>(group), bytes_of(arena), arena.numel(), hold);
+  find_engine(engine)->acquire(group_of(group_id), bytes_of(arena), arena.numel(), hold);
 }
 
 // `dep` orders the call after the computation that produced it; its values are not looked at.
@@ -61,8 +73,7 @@ void acquire_held_(const Tensor& arena, const Tensor&, const Tensor& group_id, i
 }
 
 void release_(const Tensor&, std::vector<Tensor>, const Tensor& group_id, int64_t engine) {
-  const int64_t group = *static_cast<const int64_t*>(group_id.const_data_ptr());
-  find_engine(engine)->release(static_cast<int>(group));
+  find_engine(engine)->release(group_of(group_id));
 }
 
 // --- the engine ---------------------------------------------------------------------------------
@@ -92,18 +103,21 @@ void engine_attach(int64_t engine, std::vector<Tensor> arenas, Ints groups, Ints
   }
   std::vector<GroupSpec> specs;
   for (size_t i = 0; i < groups.size(); i += 2) {
-    specs.push_back({static_cast<int>(groups[i]), groups.at(i + 1), {}});
+    specs.push_back({number(groups[i]), groups.at(i + 1), {}});
   }
   for (size_t i = 0; i < extents.size(); i += 5) {
     specs.at(static_cast<size_t>(extents[i]))
-        .extents.push_back({static_cast<int>(extents.at(i + 1)), extents.at(i + 2),
-                            extents.at(i + 3), extents.at(i + 4)});
+        .extents.push_back(
+            {number(extents.at(i + 1)), extents.at(i + 2), extents.at(i + 3), extents.at(i + 4)});
   }
   find_engine(engine)->attach(std::move(memory), specs, {order.begin(), order.end()},
                               static_cast<int>(lookahead));
 }
 
 void engine_set_digests(int64_t engine, Ints digests, std::string verify) {
+  if (verify != "off" && verify != "first" && verify != "always") {
+    fail("ConfigError", "verify must be \"off\", \"first\" or \"always\", got \"", verify, "\".");
+  }
   const Verify mode = verify == "always"  ? Verify::kAlways
                       : verify == "first" ? Verify::kFirst
                                           : Verify::kOff;
@@ -111,11 +125,11 @@ void engine_set_digests(int64_t engine, Ints digests, std::string verify) {
 }
 
 int64_t engine_digest(int64_t engine, int64_t group) {
-  return static_cast<int64_t>(find_engine(engine)->digest_of(static_cast<int>(group)));
+  return static_cast<int64_t>(find_engine(engine)->digest_of(number(group)));
 }
 
 void engine_wait(int64_t engine, int64_t group) {
-  find_engine(engine)->wait_resident(static_cast<int>(group));
+  find_engine(engine)->wait_resident(number(group));
 }
 
 void engine_end_pass(int64_t engine) { find_engine(engine)->end_pass(); }
@@ -123,22 +137,23 @@ void engine_end_pass(int64_t engine) { find_engine(engine)->end_pass(); }
 void engine_prefault(int64_t engine, bool background) { find_engine(engine)->prefault(background); }
 
 Tensor engine_map(int64_t engine, int64_t file, int64_t offset, int64_t nbytes) {
-  std::shared_ptr<std::byte> mapping = find_engine(engine)->mapping_of(static_cast<int>(file));
-  if (mapping == nullptr) fail("EngineError", "Only files opened with io=\"mmap\" are mapped.");
+  std::shared_ptr<std::byte> pages = find_engine(engine)->map(number(file), offset, nbytes);
   const int64_t sizes[] = {nbytes};
   const int64_t strides[] = {1};
-  std::byte* begin = mapping.get() + offset;
-  return torch::stable::from_blob(
-      begin, {sizes, 1}, {strides, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-      torch::headeronly::ScalarType::Byte, [mapping](void*) mutable { mapping.reset(); });
+  return torch::stable::from_blob(pages.get(), {sizes, 1}, {strides, 1},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  torch::headeronly::ScalarType::Byte,
+                                  [pages](void*) mutable { pages.reset(); });
 }
 
 std::string engine_stats(int64_t engine) { return find_engine(engine)->stats(); }
 
 void engine_close(int64_t engine) {
-  if (const std::shared_ptr<Engine> found = unregister_engine(engine)) {
-    if (found->is_in_this_process()) found->close();
-  }
+  const std::shared_ptr<Engine> found = unregister_engine(engine);
+  if (found == nullptr) return;
+  if (found->is_in_this_process()) return found->close();
+  // In a forked child its threads are gone, and whatever they held stays held: it is left alone.
+  (void)new std::shared_ptr<Engine>(found);
 }
 
 // --- the machine --------------------------------------------------------------------------------

@@ -8,6 +8,8 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <limits>
+#include <set>
 #include <utility>
 
 #include "common/error.h"
@@ -32,6 +34,23 @@ int num_slots(int depth) { return depth + depth / 2; }
 
 bool never_interrupted() { return false; }
 
+bool is_index(int index, size_t count) { return index >= 0 && index < static_cast<int>(count); }
+
+// Whether [offset, offset + nbytes) lies in [0, size), without overflow.
+bool is_range(int64_t offset, int64_t nbytes, int64_t size) {
+  return offset >= 0 && nbytes >= 0 && nbytes <= size && offset <= size - nbytes;
+}
+
+void check_order(const std::vector<int>& order, size_t num_groups) {
+  std::set<int> seen;
+  for (const int group : order) {
+    if (!is_index(group, num_groups) || !seen.insert(group).second) {
+      fail("EngineError", "The order names groups in [0, ", num_groups, "), each once; got ", group,
+           ".");
+    }
+  }
+}
+
 bool lies_in(const std::byte* data, const File& file) {
   return file.mapping() != nullptr && data >= file.mapping() && data < file.mapping() + file.size();
 }
@@ -46,22 +65,14 @@ Engine::Engine(std::vector<std::unique_ptr<File>> files, EngineOptions options)
   device_ = make_cpu_device();
 }
 
-Engine::~Engine() {
-  if (!is_in_this_process()) {
-    // The thread, and whoever held the mutex, stayed in the parent.
-    if (thread_.joinable()) thread_.detach();
-    if (prefault_thread_.joinable()) prefault_thread_.detach();
-    (void)rung_.reader.release();
-    return;
-  }
-  close();
-}
+Engine::~Engine() { close(); }
 
 void Engine::attach(std::vector<ArenaMemory> arenas, const std::vector<GroupSpec>& groups,
                     const std::vector<int>& order, int lookahead) {
-  std::unique_lock lock(mutex_);
-  check_usable();
+  const std::unique_lock lock = enter();
   if (thread_.joinable()) fail("EngineError", "An engine is attached once; open another one.");
+  for (const GroupSpec& spec : groups) check_spec(spec, arenas);
+  check_order(order, groups.size());
   for (ArenaMemory& memory : arenas) {
     Arena& arena = arenas_.emplace_back();
     arena.memory = std::move(memory);
@@ -70,37 +81,54 @@ void Engine::attach(std::vector<ArenaMemory> arenas, const std::vector<GroupSpec
     });
     if (!arena.is_view) device_->prepare(arena.memory.data, arena.memory.nbytes);
   }
-  int64_t largest_slot = 0;
-  for (const GroupSpec& spec : groups) {
-    Group& group = groups_.emplace_back();
-    group.arena = spec.arena;
-    group.nbytes = spec.nbytes;
-    const std::byte* base = arenas_.at(static_cast<size_t>(spec.arena)).memory.data;
-    for (const Extent& extent : spec.extents) {
-      const File& file = *files_.at(static_cast<size_t>(extent.file));
-      cut(extent, base, file.alignment(), options_.mode.chunk_bytes, group.pieces);
-      largest_slot =
-          std::max(largest_slot, slot_bytes(file.alignment(), options_.mode.chunk_bytes));
-      if (std::find(group.files.begin(), group.files.end(), extent.file) == group.files.end()) {
-        group.files.push_back(extent.file);
-      }
-    }
-  }
+  for (const GroupSpec& spec : groups) add_group(spec);
   order_ = order;
   lookahead_ = lookahead;
   claims_.resize(arenas_.size());
   for (size_t i = 0; i < order_.size(); ++i) {
-    groups_.at(static_cast<size_t>(order_[i])).position = static_cast<int>(i);
+    group_at(order_[i]).position = static_cast<int>(i);
   }
   for (int i = 0; i < static_cast<int>(groups_.size()); ++i) {
     if (group_at(i).position < 0) residents_.push_back(i);
   }
-  open_reader(largest_slot);
+  open_reader();
   schedule();
   thread_ = std::thread([this] { run(); });
 }
 
-void Engine::open_reader(int64_t largest_slot) {
+// Reads go where a group says: outside its arena they would overwrite anything.
+void Engine::check_spec(const GroupSpec& spec, const std::vector<ArenaMemory>& arenas) const {
+  if (!is_index(spec.arena, arenas.size()) || spec.nbytes < 0 ||
+      spec.nbytes > arenas[static_cast<size_t>(spec.arena)].nbytes) {
+    fail("EngineError", "A group must fit into an arena that exists; got arena ", spec.arena,
+         " of ", arenas.size(), " for ", spec.nbytes, " bytes.");
+  }
+  for (const Extent& extent : spec.extents) {
+    if (!is_index(extent.file, files_.size()) ||
+        !is_range(extent.offset, extent.nbytes, std::numeric_limits<int64_t>::max()) ||
+        !is_range(extent.group_offset, extent.nbytes, spec.nbytes)) {
+      fail("EngineError", "An extent must lie in a file and in its group; got file ", extent.file,
+           " of ", files_.size(), ", ", extent.nbytes, " bytes at offset ", extent.offset,
+           ", at byte ", extent.group_offset, " of a group of ", spec.nbytes, ".");
+    }
+  }
+}
+
+void Engine::add_group(const GroupSpec& spec) {
+  Group& group = groups_.emplace_back();
+  group.arena = spec.arena;
+  group.nbytes = spec.nbytes;
+  const std::byte* base = arenas_[static_cast<size_t>(spec.arena)].memory.data;
+  for (const Extent& extent : spec.extents) {
+    const File& file = *files_[static_cast<size_t>(extent.file)];
+    cut(extent, base, file.alignment(), options_.mode.chunk_bytes, group.pieces);
+    if (std::find(group.files.begin(), group.files.end(), extent.file) == group.files.end()) {
+      group.files.push_back(extent.file);
+    }
+  }
+}
+
+void Engine::open_reader() {
   const bool is_staged = std::any_of(groups_.begin(), groups_.end(), [](const Group& group) {
     return std::any_of(group.pieces.begin(), group.pieces.end(),
                        [](const Piece& piece) { return piece.staged; });
@@ -116,6 +144,11 @@ void Engine::open_reader(int64_t largest_slot) {
   }
   if (is_staged) {
     const int depth = std::max(options_.mode.depth, kLargestDefaultDepth);
+    int64_t largest_slot = 0;
+    for (const auto& file : files_) {
+      largest_slot =
+          std::max(largest_slot, slot_bytes(file->alignment(), options_.mode.chunk_bytes));
+    }
     staging_ = std::make_unique<Staging>(num_slots(depth), largest_slot);
     buffers.push_back(staging_->memory());
   }
@@ -127,16 +160,31 @@ void Engine::open_reader(int64_t largest_slot) {
 }
 
 void Engine::set_digests(const std::vector<uint64_t>& digests, Verify verify) {
-  std::lock_guard lock(mutex_);
-  for (size_t i = 0; i < digests.size(); ++i) groups_.at(i).digest = digests[i];
+  const std::unique_lock lock = enter();
+  if (digests.size() != groups_.size()) {
+    fail("EngineError", "Every group needs its digest; got ", digests.size(), " for ",
+         groups_.size(), " groups.");
+  }
+  for (size_t i = 0; i < digests.size(); ++i) {
+    groups_[i].digest = digests[i];
+    groups_[i].is_verified = false;
+  }
   verify_ = verify;
+  if (verify_ == Verify::kOff) return;
+  // What landed unseen is not trusted, except where somebody computes with it now.
+  for (Arena& arena : arenas_) {
+    if (arena.group < 0 || arena.acquired_generation) continue;
+    if (group_at(arena.group).position < 0) residents_.push_back(arena.group);
+    begin(arena, arena.group);
+  }
+  schedule();
 }
 
 void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
-  std::unique_lock lock(mutex_);
-  check_usable();
+  std::unique_lock lock = enter();
+  check_group(group);
   check_arena(group, nbytes);
-  check_thread();
+  check_thread(group);
   release_current(group);
   current_ = group;
   if (group_at(group).position >= 0) position_ = group_at(group).position;
@@ -145,6 +193,7 @@ void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
   if (is_clone) distrust_clone(home, group_at(group));
   // Readers of what was held here are ordered before this call: both say that they use the arena.
   home.is_held = false;
+  home.acquired_generation.reset();
   await(lock, group);
   home.acquired_generation = home.generation;
   home.is_held = hold;
@@ -154,9 +203,8 @@ void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
 }
 
 void Engine::release(int group) {
-  std::lock_guard lock(mutex_);
-  check_usable();
-  if (group < 0 || group >= static_cast<int>(groups_.size())) return;
+  const std::unique_lock lock = enter();
+  check_group(group);
   Arena& arena = arena_of(group);
   if (!arena.is_held || arena.group != group) return;
   arena.is_held = false;
@@ -173,48 +221,75 @@ void Engine::distrust_clone(Arena& arena, const Group& group) {
 }
 
 void Engine::wait_resident(int group) {
-  std::unique_lock lock(mutex_);
-  check_usable();
+  std::unique_lock lock = enter();
+  check_group(group);
+  if (group_at(group).position >= 0) {
+    fail("EngineError", "Only a resident group can be waited for; group ", group,
+         " shares its arena, acquire it.");
+  }
   await(lock, group);
 }
 
 void Engine::end_pass() {
-  std::lock_guard lock(mutex_);
-  owner_ = {};
+  const std::unique_lock lock = enter();
+  if (owner_ == std::this_thread::get_id()) owner_ = {};
 }
 
 bool Engine::is_in_this_process() const { return getpid() == process_; }
 
-void Engine::check_usable() const {
+// In a forked child the mutex may be held by a thread that does not exist: look first, then lock.
+std::unique_lock<std::mutex> Engine::enter() const {
   if (!is_in_this_process()) {
     fail("ForkedEngine",
          "An engine does not survive fork; this is a child process. Stream the model in the child, "
          "or start processes with the spawn method.");
   }
+  std::unique_lock lock(mutex_);
+  check_usable();
+  return lock;
+}
+
+void Engine::check_usable() const {
   if (is_closing_) {
     fail("EngineClosed", "This model's engine was closed. Stream the model again to use it.");
   }
 }
 
-// Two threads inside one model would free each other's arenas.
-void Engine::check_thread() {
+// Two threads inside one model would free each other's arenas. Who comes second is refused once,
+// so that a thread that died in mid-pass does not lock the model; if it insists, the first is told.
+void Engine::check_thread(int group) {
   if (order_.empty()) return;
   const std::thread::id me = std::this_thread::get_id();
-  const bool is_mid_pass = current_ >= 0 && current_ != static_cast<int>(groups_.size()) - 1;
+  const bool is_mid_pass = current_ >= 0 && (current_ != static_cast<int>(groups_.size()) - 1 ||
+                                             arena_of(current_).is_held);
   if (owner_ != std::thread::id() && owner_ != me && is_mid_pass) {
-    owner_ = {};
+    contested_ = std::exchange(owner_, {});
+    was_taken_over_ = false;
     fail("ThreadConflict",
          "One streamed model runs in one thread at a time; a second thread asked for a group while "
          "the first was in the middle of a pass. Serialise the calls, or stream one model per "
          "thread.");
   }
+  if (contested_ == me && group_at(group).position >= 0) {
+    contested_ = {};
+    // From the first group on it is a new pass, with nothing to lose.
+    if (was_taken_over_ && group != order_.front()) {
+      fail("ThreadConflict",
+           "One streamed model runs in one thread at a time; another thread began a pass in the "
+           "middle of this one, whose weights may have been overwritten. Serialise the calls.");
+    }
+  }
+  if (contested_ != me) was_taken_over_ = true;
   owner_ = me;
 }
 
-void Engine::check_arena(int group, int64_t nbytes) const {
-  if (group < 0 || group >= static_cast<int>(groups_.size())) {
+void Engine::check_group(int group) const {
+  if (!is_index(group, groups_.size())) {
     fail("EngineError", "A group id lies in [0, ", groups_.size(), "), got ", group, ".");
   }
+}
+
+void Engine::check_arena(int group, int64_t nbytes) const {
   const int64_t wanted = arenas_[static_cast<size_t>(group_at(group).arena)].memory.nbytes;
   if (nbytes != wanted) {
     fail("EngineError", "acquire_ takes the arena that group ", group, " was attached with (",
@@ -232,10 +307,11 @@ void Engine::release_current(int next) {
 // From here on the arena may be refilled.
 void Engine::free_arena(Arena& arena, int group) {
   // A failed or interrupted acquire got nothing.
-  if (arena.group != group || arena.state != State::kLanded) return;
-  if (arena.generation != arena.acquired_generation) {
+  if (!arena.acquired_generation) return;
+  const uint64_t acquired = *std::exchange(arena.acquired_generation, std::nullopt);
+  if (arena.generation != acquired) {
     fail("EngineError", "An arena was refilled while group ", group, " was in use (generation ",
-         arena.acquired_generation, " became ", arena.generation,
+         acquired, " became ", arena.generation,
          "). The output is wrong; this is a defect of nexus_ext, please report it.");
   }
   if (group_at(group).position < 0) return;
@@ -326,12 +402,21 @@ void Engine::begin(Arena& arena, int group) {
       next.digest.has_value() && (verify_ == Verify::kAlways || !next.is_verified);
   arena.load = std::make_shared<Load>(next, is_hashed && verify_ != Verify::kOff);
   ++counters_.num_loads;
+  // No read will come back to say so.
+  if (next.pieces.empty()) {
+    arena.state = State::kLanded;
+    ++counters_.num_landed;
+  }
 }
 
 uint64_t Engine::digest_of(int group) const {
+  {
+    const std::unique_lock lock = enter();
+    check_group(group);
+  }
   Xxh3 hash;
   std::vector<std::byte> buffer(static_cast<size_t>(options_.mode.chunk_bytes));
-  for (const Piece& piece : groups_.at(static_cast<size_t>(group)).pieces) {
+  for (const Piece& piece : group_at(group).pieces) {
     const File& file = *files_[static_cast<size_t>(piece.file)];
     for (int64_t done = 0; done < piece.nbytes;) {
       const ssize_t count = pread(file.buffered_descriptor(), buffer.data(),
@@ -351,7 +436,7 @@ uint64_t Engine::digest_of(int group) const {
 }
 
 void Engine::prefault(bool background) {
-  check_usable();
+  enter().unlock();
   if (prefault_thread_.joinable()) prefault_thread_.join();
   prefault_thread_ = std::thread([this] {
     const Clock::time_point began = Clock::now();
@@ -366,12 +451,21 @@ void Engine::prefault(bool background) {
   if (!background) prefault_thread_.join();
 }
 
-std::shared_ptr<std::byte> Engine::mapping_of(int file) const {
-  return files_.at(static_cast<size_t>(file))->shared_mapping();
+std::shared_ptr<std::byte> Engine::map(int file, int64_t offset, int64_t nbytes) const {
+  if (!is_index(file, files_.size()) || files_[static_cast<size_t>(file)]->mapping() == nullptr) {
+    fail("EngineError", "Only files opened with io=\"mmap\" are mapped; got file ", file, " of ",
+         files_.size(), ".");
+  }
+  const File& mapped = *files_[static_cast<size_t>(file)];
+  if (!is_range(offset, nbytes, mapped.size())) {
+    fail("EngineError", "A view lies inside its file; got ", nbytes, " bytes at offset ", offset,
+         " of ", mapped.path(), " with ", mapped.size(), " bytes.");
+  }
+  return {mapped.shared_mapping(), mapped.mapping() + offset};
 }
 
 std::string Engine::stats() const {
-  std::lock_guard lock(mutex_);
+  const std::unique_lock lock = enter();
   const Counters& c = counters_;
   // A file may have been refused direct reads after the start.
   std::string refusal = rung_.refusal;
@@ -397,6 +491,7 @@ std::string Engine::stats() const {
       .add("num_reads", c.num_reads)
       .add("num_short_reads", c.num_short_reads)
       .add("num_retries", c.num_retries)
+      .add("num_in_flight", static_cast<int64_t>(num_in_flight_))
       .add("num_stale_reads", c.num_stale_reads)
       .add("num_loads", c.num_loads)
       .add("num_landed", c.num_landed)

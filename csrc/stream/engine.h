@@ -30,6 +30,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -95,8 +96,8 @@ class Engine {
   uint64_t digest_of(int group) const;
   // Brings every mapped page in, in the background or not.
   void prefault(bool background);
-  // The pages of a mapped file; null in other modes.
-  std::shared_ptr<std::byte> mapping_of(int file) const;
+  // Bytes of a mapped file where they are, kept mapped as long as somebody holds them.
+  std::shared_ptr<std::byte> map(int file, int64_t offset, int64_t nbytes) const;
 
   // False in a forked child.
   bool is_in_this_process() const;
@@ -110,10 +111,10 @@ class Engine {
 
   struct Arena {
     ArenaMemory memory;
-    bool is_view = false;    // lies in a file's mapping
-    bool is_cloned = false;  // see Note [Clones]
-    bool is_held = false;    // in use until release()
-    uint64_t acquired_generation = 0;
+    bool is_view = false;                         // lies in a file's mapping
+    bool is_cloned = false;                       // see Note [Clones]
+    bool is_held = false;                         // in use until release()
+    std::optional<uint64_t> acquired_generation;  // none while nobody uses it
     State state = State::kEmpty;
     int group = -1;
     uint64_t generation = 0;
@@ -148,12 +149,16 @@ class Engine {
     int64_t stall_ns = 0, busy_ns = 0;
   };
 
-  // Caller's side. All expect the mutex.
+  // Caller's side. The way in takes the mutex, all others expect it.
+  std::unique_lock<std::mutex> enter() const;
   void check_usable() const;
-  void check_thread();
+  void check_thread(int group);
+  void check_group(int group) const;
   void check_arena(int group, int64_t nbytes) const;
+  void check_spec(const GroupSpec& spec, const std::vector<ArenaMemory>& arenas) const;
+  void add_group(const GroupSpec& spec);
   void distrust_clone(Arena& arena, const Group& group);
-  void open_reader(int64_t largest_slot);
+  void open_reader();
   void release_current(int next);
   void free_arena(Arena& arena, int group);
   void await(std::unique_lock<std::mutex>& lock, int group);
@@ -206,6 +211,9 @@ class Engine {
   int current_ = -1;   // the group last acquired
   int position_ = -1;  // the place in order_ last acquired
   std::thread::id owner_;
+  // Whose pass another thread broke into, and whether it went on to do so.
+  std::thread::id contested_;
+  bool was_taken_over_ = false;
   Counters counters_;
   bool is_closing_ = false;
   std::thread thread_;

@@ -58,8 +58,6 @@ void Engine::run() {
     Request* request = rung_.reader->wait();
     lock.lock();
     --num_in_flight_;
-    // The disk gets its next request before this answer is copied and hashed.
-    if (!is_closing_) issue();
     complete(*std::find_if(chunks_.begin(), chunks_.end(),
                            [request](const Chunk& c) { return &c.request == request; }),
              lock);
@@ -94,6 +92,7 @@ bool Engine::issue_next(size_t arena_index) {
   chunk->load = arena.load;
   chunk->piece = arena.load->take_next();
   chunk->num_read = 0;
+  chunk->reached = 0;
   chunk->attempts = 0;
   ++arena.in_flight;
   start(*chunk);
@@ -106,6 +105,7 @@ void Engine::start(Chunk& chunk) {
   File& file = *files_[static_cast<size_t>(piece.file)];
   // After a short read, begin again at a boundary that O_DIRECT accepts.
   chunk.num_read = align_down(chunk.num_read, file.alignment().offset);
+  chunk.was_direct = file.is_direct();
   chunk.request.file = &file;
   chunk.request.offset = piece.window_offset + chunk.num_read;
   chunk.request.nbytes = piece.window_nbytes - chunk.num_read;
@@ -130,16 +130,17 @@ std::byte* Engine::window_of(const Chunk& chunk) const {
 void Engine::complete(Chunk& chunk, std::unique_lock<std::mutex>& lock) {
   Arena& arena = arenas_[static_cast<size_t>(chunk.arena)];
   const bool is_current = chunk.generation == arena.generation && arena.state == State::kLoading;
-  if (is_current) {
-    std::string error;
-    if (must_continue(chunk, error)) return start(chunk);
-    if (error.empty()) {
-      land_piece(chunk, lock);
-    } else {
-      fail_load(arena, std::move(error));
-    }
-  } else {
+  std::string error;
+  if (is_current && must_continue(chunk, error)) return start(chunk);
+  // The disk gets its next request before this answer is copied and hashed, but not before a read
+  // that must go on has its place in the queue back.
+  if (!is_closing_) issue();
+  if (!is_current) {
     ++counters_.num_stale_reads;
+  } else if (error.empty()) {
+    land_piece(chunk, lock);
+  } else {
+    fail_load(arena, std::move(error));
   }
   // The arena may have been given another task while the lock was open.
   --(chunk.generation == arena.generation ? arena.in_flight : arena.stale_in_flight);
@@ -160,8 +161,9 @@ bool Engine::must_continue(Chunk& chunk, std::string& error) {
     ++counters_.num_retries;
     return true;
   }
-  if (is_direct_refusal(result) && file.is_direct()) {
-    file.refuse_direct(std::strerror(static_cast<int>(-result)));
+  // All direct reads in flight are refused alike; the first one settles it for the file.
+  if (is_direct_refusal(result) && chunk.was_direct) {
+    if (file.is_direct()) file.refuse_direct(std::strerror(static_cast<int>(-result)));
     return true;
   }
   if (result <= 0) {
@@ -173,7 +175,14 @@ bool Engine::must_continue(Chunk& chunk, std::string& error) {
   // The slack behind the wanted bytes may lie beyond the end of the file.
   if (piece.window_offset + chunk.num_read >= piece.offset + piece.nbytes) return false;
   ++counters_.num_short_reads;
-  return true;
+  if (chunk.num_read > chunk.reached) {
+    chunk.reached = chunk.num_read;
+    return true;
+  }
+  // Back at a boundary, the same bytes came again: past them there is no file any more.
+  if (++chunk.attempts < kMaxAttempts) return true;
+  error = read_error(file, piece, chunk.num_read, 0);
+  return false;
 }
 
 // Copies a staged piece to its place. The lock is open meanwhile: only this thread writes arenas.

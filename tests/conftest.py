@@ -1,0 +1,371 @@
+"""What all tests share: a home of their own, seeds, the rule for tests that need a GPU, and files.
+
+`lab` is the bench for tests of the native engine: random files, groups over their bytes, engines
+that are closed when the test ends, and the bytes that every arena must hold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nexus_ext import _native
+from nexus_ext.checkpoint import Extent, File, Group, Stamp
+from nexus_ext.engine import Engine, Faults, ReadMode
+
+# Long enough for a machine that is busy with something else; nothing is measured by it.
+PATIENCE_SECONDS = 60
+PAGE = 4096
+KIB = 1 << 10
+
+# -- tests that need a GPU ---------------------------------------------------------------------
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_cuda") is None or torch.cuda.is_available():
+        return
+    if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
+        pytest.fail("FAIL_WITHOUT_CUDA=1, and torch sees no CUDA device", pytrace=False)
+    pytest.skip("needs an NVIDIA GPU; torch sees none")
+
+
+# -- what every test gets ----------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _home_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fixtures that outlive a test must not write to the user's own home either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEXUS_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def nexus_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty NEXUS_HOME for each test, outside its `tmp_path`."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("NEXUS_HOME", str(home))
+    return home
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """A test draws the same numbers alone, in any order and after any other."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def write_checkpoint() -> Callable[..., dict[str, torch.Tensor]]:
+    """Write a safetensors file of random tensors; returns them by name."""
+
+    def write(
+        path: Path, shapes: dict[str, Sequence[int]], dtype: torch.dtype = torch.float32
+    ) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        tensors = {
+            name: torch.randn(*shape, generator=generator).to(dtype)
+            for name, shape in shapes.items()
+        }
+        save_file(tensors, path)
+        return tensors
+
+    return write
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of random bytes and what is in it. `file` is what an engine is given."""
+
+    path: Path
+    data: np.ndarray[Any, np.dtype[np.uint8]]
+    file: File
+
+
+def stamped(path: Path) -> File:
+    with open(path, "rb") as opened:
+        return File(path, Stamp.of(opened.fileno()))
+
+
+def write_source(path: Path, nbytes: int, seed: int = 0) -> Source:
+    data = np.frombuffer(np.random.default_rng([seed, nbytes]).bytes(nbytes), np.uint8)
+    with open(path, "wb") as file:
+        file.write(data.tobytes())
+        # Dirty pages could not be dropped from the cache.
+        os.fsync(file.fileno())
+    return Source(path, data, stamped(path))
+
+
+# -- what this machine can do, found out without the engine ------------------------------------
+
+
+@functools.cache
+def takes_direct_reads(folder: Path) -> bool:
+    path = folder / "probe"
+    path.write_bytes(bytes(PAGE))
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return False
+    try:
+        # An anonymous mapping is aligned.
+        return os.preadv(descriptor, [mmap.mmap(-1, PAGE)], 0) == PAGE
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+        path.unlink()
+
+
+def build_has_uring() -> bool:
+    return b"io_uring is denied here" in Path(str(_native.__file__)).read_bytes()
+
+
+@functools.cache
+def kernel_has_uring() -> bool:
+    params = ctypes.create_string_buffer(120)
+    descriptor = ctypes.CDLL(None, use_errno=True).syscall(425, 4, params)  # io_uring_setup
+    if descriptor >= 0:
+        os.close(descriptor)
+    return bool(descriptor >= 0)
+
+
+# -- engines -----------------------------------------------------------------------------------
+
+READERS = {
+    "direct io_uring": ReadMode(io="direct"),
+    "direct threads": ReadMode(io="direct", use_uring=False),
+    "buffered threads": ReadMode(io="buffered"),
+    "mmap copied": ReadMode(io="mmap"),
+    "mmap in place": ReadMode(io="mmap"),
+}
+
+
+@pytest.fixture(params=READERS)
+def reader(request: pytest.FixtureRequest) -> str:
+    """Each way to read in turn; see `READERS`."""
+    return str(request.param)
+
+
+@dataclass
+class Rig:
+    """An attached engine and what its arenas must hold."""
+
+    engine: Engine
+    sources: Sequence[Source]
+    groups: Sequence[Group]
+    arenas: Sequence[torch.Tensor]
+    arena_of: Sequence[int]
+
+    def arena(self, group: int) -> torch.Tensor:
+        return self.arenas[self.arena_of[group]]
+
+    def acquire(self, group: int) -> None:
+        self.engine.acquire(group, self.arena(group))
+
+    def acquire_held(self, group: int) -> None:
+        number = torch.tensor(group)
+        torch.ops.nexus.acquire_.held(self.arena(group), number, number, self.engine.handle)
+
+    def release(self, group: int) -> None:
+        torch.ops.nexus.release_(self.arena(group), [], torch.tensor(group), self.engine.handle)
+
+    def num_wrong(self, group: int) -> int:
+        """Bytes of the group's arena that are not the file's."""
+        arena = self.arena(group).numpy()
+        wrong = 0
+        for extent in self.groups[group].extents:
+            have = arena[extent.group_offset : extent.group_offset + extent.nbytes]
+            want = self.sources[extent.file].data[extent.offset : extent.offset + extent.nbytes]
+            wrong += extent.nbytes - int(np.count_nonzero(have == want))
+        return wrong
+
+    def sweep(self, passes: int = 1) -> None:
+        """Acquire every group in order and compare every byte."""
+        for _ in range(passes):
+            for group in range(len(self.groups)):
+                self.acquire(group)
+                assert self.num_wrong(group) == 0, f"group {group} has wrong bytes"
+            self.engine.end_pass()
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        return self.engine.stats()
+
+    def wait_until(self, holds: Callable[[dict[str, Any]], bool]) -> None:
+        """Look at the counters until a state is reached that must come."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not holds(stats := self.stats):
+            assert time.monotonic() < deadline, stats
+            threading.Event().wait(0.0005)
+
+    def settle(self) -> None:
+        """Until every read in flight has come back."""
+        self.wait_until(lambda stats: stats["num_in_flight"] == 0)
+
+
+class Lab:
+    """Makes files and engines in a folder; closes the engines."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._engines: list[Engine] = []
+        self._num_files = 0
+
+    def source(self, nbytes: int) -> Source:
+        self._num_files += 1
+        path = self.folder / f"weights{self._num_files}.bin"
+        return write_source(path, nbytes, seed=self._num_files)
+
+    @staticmethod
+    def group(*places: tuple[int, int, int], gap: int = 0, start: int = 0) -> Group:
+        """(file, offset, nbytes) after one another, `gap` bytes apart, from byte `start` on."""
+        extents, end = [], start
+        for file, offset, nbytes in places:
+            extents.append(Extent(file, offset, nbytes, end))
+            end += nbytes + gap
+        return Group("group", (), tuple(extents), end)
+
+    def slices(self, nbytes: int, num_groups: int) -> list[Group]:
+        """Groups of `nbytes` one after another, from the first byte of file 0 on."""
+        return [self.group((0, index * nbytes, nbytes)) for index in range(num_groups)]
+
+    def engine(
+        self,
+        sources: Sequence[Source],
+        mode: ReadMode,
+        *,
+        poison: bool = False,
+        faults: Faults | None = None,
+    ) -> Engine:
+        engine = Engine([source.file for source in sources], mode, poison=poison, faults=faults)
+        self._engines.append(engine)
+        return engine
+
+    def rig(
+        self,
+        sources: Sequence[Source],
+        groups: Sequence[Group],
+        reader: str = "direct io_uring",
+        *,
+        num_arenas: int = 3,
+        num_resident: int = 0,
+        lookahead: int | None = None,
+        phase: int = 0,
+        verify: str = "off",
+        poison: bool = False,
+        faults: Faults | None = None,
+        **mode: Any,
+    ) -> Rig:
+        """An engine over `groups`; the first `num_resident` have arenas of their own.
+
+        Arenas begin `phase` bytes behind a page boundary, filled with 0xff, and are used in turn;
+        with "mmap in place" every group of one extent has the file's pages instead.
+        """
+        chosen = ReadMode(**{**READERS[reader].__dict__, **mode})
+        engine = self.engine(sources, chosen, poison=poison, faults=faults)
+        arenas: list[torch.Tensor] = []
+        arena_of: list[int] = []
+        largest = max((group.nbytes for group in groups), default=0)
+        ring: list[int] = []
+        for index, group in enumerate(groups):
+            is_view = reader == "mmap in place" and len(group.extents) == 1
+            if is_view:
+                extent = group.extents[0]
+                assert extent.group_offset == 0
+                arenas.append(engine.map(extent.file, extent.offset, extent.nbytes))
+            elif index < num_resident:
+                arenas.append(make_arena(group.nbytes, phase))
+            elif len(ring) < num_arenas:
+                arenas.append(make_arena(largest, phase))
+                ring.append(len(arenas) - 1)
+            else:
+                arena_of.append(ring[(index - num_resident) % num_arenas])
+                continue
+            arena_of.append(len(arenas) - 1)
+        order = range(num_resident, len(groups))
+        ahead = num_arenas - 1 if lookahead is None else lookahead
+        if verify != "off":
+            engine.attach(arenas, groups, arena_of, order, ahead)
+            engine.set_digests([engine.digest(index) for index in range(len(groups))], verify)
+        else:
+            engine.attach(arenas, groups, arena_of, order, ahead)
+        return Rig(engine, sources, groups, arenas, arena_of)
+
+    def expects(self, reader: str) -> tuple[str, str]:
+        """The io_mode and the reader's name (its beginning) that this machine allows."""
+        io = READERS[reader].io
+        if io == "mmap":
+            return "mmap", "mmap"
+        if io == "buffered" or not takes_direct_reads(self.folder):
+            return "buffered", "threads"
+        has_uring = reader == "direct io_uring" and build_has_uring() and kernel_has_uring()
+        return "direct", "io_uring" if has_uring else "threads"
+
+    def close(self) -> None:
+        for engine in self._engines:
+            engine.close()
+
+
+def make_arena(nbytes: int, phase: int = 0) -> torch.Tensor:
+    """Memory full of 0xff that begins `phase` bytes behind a page boundary."""
+    memory = torch.full((nbytes + 2 * PAGE,), 0xFF, dtype=torch.uint8)
+    start = -memory.data_ptr() % PAGE + phase
+    return memory[start : start + nbytes]
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    made = Lab(tmp_path)
+    yield made
+    made.close()
+
+
+# -- processes ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_python() -> Callable[..., str]:
+    """Run a script with this interpreter and this package; returns what it printed."""
+
+    def run(script: str, *args: object, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, args)],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE_SECONDS,
+        )
+        assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def drop_from_cache() -> Callable[[Path], None]:
+    def drop(path: Path) -> None:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    return drop
