@@ -47,11 +47,22 @@ def _key(group: Group) -> str:
 
 
 def _load(path: Path) -> dict[str, int]:
+    """What is recorded; a torn or strange file counts as none, and is written anew."""
     try:
         content = json.loads(path.read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (
+        FileNotFoundError,
+        ValueError,
+        RecursionError,
+    ):  # bad UTF-8 and bad JSON are ValueErrors
         return {}
-    return {key: value for key, value in content.items() if isinstance(value, int)}
+    if not isinstance(content, dict):
+        return {}
+    return {key: value for key, value in content.items() if _is_digest(value)}
+
+
+def _is_digest(value: object) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def _store(path: Path, digests: dict[str, int]) -> None:

@@ -351,7 +351,8 @@ def run_python() -> Callable[..., str]:
     def run(script: str, *args: object, **environment: str) -> str:
         done = subprocess.run(
             [sys.executable, "-c", script, *map(str, args)],
-            env=os.environ | environment,
+            # The package is found where PYTHONPATH says, not in the current folder.
+            env=os.environ | {"PYTHONSAFEPATH": "1"} | environment,
             capture_output=True,
             text=True,
             timeout=2 * PATIENCE_SECONDS,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -413,6 +414,43 @@ def test_a_closed_model_says_so_when_compiled_and_may_be_streamed_again(pair: Pa
         pair.stream(pair.streamed)
         for _ in range(2):
             assert torch.equal(run(), want)
+
+
+def answers_of_two_threads(run: Callable[[torch.Tensor], torch.Tensor]) -> list[Any]:
+    """What both got, 60 times each: a tensor or an error."""
+    answers: list[Any] = []
+
+    def ask() -> None:
+        for _ in range(60):
+            with torch.no_grad():
+                try:
+                    answers.append(run(X))
+                except RuntimeError as error:
+                    answers.append(str(error))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def test_two_threads_take_turns_in_a_model_of_compiled_blocks(pair: Pair) -> None:
+    compile_blocks(pair.streamed, "aot_eager")
+    with torch.no_grad():
+        want = pair.streamed(X)
+    assert all(torch.equal(answer, want) for answer in answers_of_two_threads(pair.streamed))
+
+
+def test_two_threads_in_a_model_compiled_whole_are_right_or_refused(pair: Pair) -> None:
+    compiled = torch.compile(pair.streamed, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        want = compiled(X)
+    for answer in answers_of_two_threads(compiled):
+        assert "ThreadConflict" in answer if isinstance(answer, str) else torch.equal(answer, want)
+    with torch.no_grad():
+        assert torch.equal(compiled(X), want)
 
 
 # -- gradients -----------------------------------------------------------------------------------
