@@ -237,6 +237,7 @@ def _byte_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def bench_table(r: dict[str, Any]) -> Table:
+    """What `bench` measured, for people: each figure with what it is to be compared to."""
     table = Table(title=f"{r['num_tokens']} token(s) a step, {r['machine']['cpu']}")
     table.add_column("what")
     table.add_column("measured", justify="right")

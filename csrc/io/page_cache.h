@@ -10,7 +10,8 @@ namespace nexus {
 // file that was truncated). Kernels before 5.14 lack the call; there each page is touched.
 int populate(const std::byte* begin, int64_t nbytes);
 
-// The same in parallel jobs of 32 MiB. Returns the bytes made present; stops early on `cancel`.
+// The same in parallel jobs of 32 MiB, and every page touched. Returns the bytes made present;
+// stops early on `cancel`.
 int64_t populate_parallel(const std::byte* begin, int64_t nbytes, int num_threads,
                           const volatile bool* cancel);
 

@@ -143,7 +143,7 @@ void Engine::open_reader() {
     }
   }
   if (is_staged) {
-    const int depth = std::max(options_.mode.depth, kLargestDefaultDepth);
+    const int depth = options_.mode.depth > 0 ? options_.mode.depth : kLargestDefaultDepth;
     int64_t largest_slot = 0;
     for (const auto& file : files_) {
       largest_slot =
