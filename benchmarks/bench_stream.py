@@ -79,8 +79,8 @@ def main() -> None:
         steps = 1 if options.toy else options.steps
         results[name] = bench(num_steps=steps, **arguments)
         Console().print(f"\n{name}", bench_table(results[name]))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
