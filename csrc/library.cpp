@@ -51,29 +51,38 @@ FaultPlan fault_plan(const Ints& faults) {
 
 // --- acquire_ ---------------------------------------------------------------------------------
 
-int group_of(const Tensor& group_id) {
+GroupId group_id_of(const Tensor& group_id) {
   if (group_id.scalar_type() != torch::headeronly::ScalarType::Long || group_id.numel() != 1) {
     fail("EngineError", "A group id is a 0-dim int64 tensor, got ", group_id.numel(),
          " elements of ", group_id.element_size(), " bytes.");
   }
-  return number(*static_cast<const int64_t*>(group_id.const_data_ptr()));
+  return unpack_group_id(*static_cast<const int64_t*>(group_id.const_data_ptr()));
 }
 
-void acquire_group(const Tensor& arena, const Tensor& group_id, int64_t engine, bool hold) {
-  find_engine(engine)->acquire(group_of(group_id), bytes_of(arena), arena.numel(), hold);
+void acquire_group(const Tensor& arena, const Tensor& group_id, bool hold) {
+  const GroupId id = group_id_of(group_id);
+  find_engine(id.engine)->acquire(id.group, bytes_of(arena), arena.numel(), hold);
 }
 
 // `dep` orders the call after the computation that produced it; its values are not looked at.
-void acquire_(const Tensor& arena, const Tensor&, const Tensor& group_id, int64_t engine) {
-  acquire_group(arena, group_id, engine, false);
+void acquire_(const Tensor& arena, const Tensor&, const Tensor& group_id) {
+  acquire_group(arena, group_id, false);
 }
 
-void acquire_held_(const Tensor& arena, const Tensor&, const Tensor& group_id, int64_t engine) {
-  acquire_group(arena, group_id, engine, true);
+void acquire_held_(const Tensor& arena, const Tensor&, const Tensor& group_id) {
+  acquire_group(arena, group_id, true);
 }
 
-void release_(const Tensor&, std::vector<Tensor>, const Tensor& group_id, int64_t engine) {
-  find_engine(engine)->release(group_of(group_id));
+void release_(const Tensor&, std::vector<Tensor>, const Tensor& group_id) {
+  const GroupId id = group_id_of(group_id);
+  find_engine(id.engine)->release(id.group);
+}
+
+int64_t engine_group_id(int64_t engine, int64_t group) {
+  if (group < 0 || group >> kGroupBits != 0) {
+    fail("EngineError", "A group number lies in [0, 2^", kGroupBits, "), got ", group, ".");
+  }
+  return engine << kGroupBits | group;
 }
 
 // --- the engine ---------------------------------------------------------------------------------
@@ -186,17 +195,17 @@ int64_t xxh3(const Tensor& data) {
 STABLE_TORCH_LIBRARY(nexus, m) {
   nexus::interrupted = &nexus::check_python_signals;
 
-  // Makes `arena` hold group `group_id` (a 0-dim int64 CPU tensor), and frees the arena of the
-  // group acquired before. Blocks the host until the bytes are there. Mutates the arena, and says
-  // so.
-  m.def("acquire_(Tensor(a!) arena, Tensor dep, Tensor group_id, int engine) -> ()");
+  // Makes `arena` hold the group of `group_id` (0-dim int64 CPU tensor of engine_group_id), and
+  // frees the arena of the group acquired before. Blocks the host until the bytes are there.
+  // Mutates the arena, and says so.
+  m.def("acquire_(Tensor(a!) arena, Tensor dep, Tensor group_id) -> ()");
 
   // The same, but the arena stays as it is until release_, however many groups are acquired
   // meanwhile: for compiled code, whose readers need not run before the next group's acquire_.
-  m.def("acquire_.held(Tensor(a!) arena, Tensor dep, Tensor group_id, int engine) -> ()");
+  m.def("acquire_.held(Tensor(a!) arena, Tensor dep, Tensor group_id) -> ()");
   // Every reader of the held group has run: the arena may be refilled, and is said to be mutated.
   // `deps` are what the readers made: computed before, they need no copy of the arena.
-  m.def("release_(Tensor(a!) arena, Tensor[] deps, Tensor group_id, int engine) -> ()");
+  m.def("release_(Tensor(a!) arena, Tensor[] deps, Tensor group_id) -> ()");
 
   // stamps: device, inode, size, mtime_ns per path. faults: the fields of FaultPlan, or empty.
   m.def(
@@ -208,6 +217,7 @@ STABLE_TORCH_LIBRARY(nexus, m) {
       "int lookahead) -> ()");
   m.def("engine_set_digests(int engine, int[] digests, str verify) -> ()");
   m.def("engine_digest(int engine, int group) -> int");
+  m.def("engine_group_id(int engine, int group) -> int");
   m.def("engine_wait(int engine, int group) -> ()");
   m.def("engine_end_pass(int engine) -> ()");
   m.def("engine_prefault(int engine, bool background) -> ()");
@@ -234,6 +244,7 @@ STABLE_TORCH_LIBRARY_IMPL(nexus, CompositeExplicitAutograd, m) {
   m.impl("engine_attach", TORCH_BOX(&nexus::engine_attach));
   m.impl("engine_set_digests", TORCH_BOX(&nexus::engine_set_digests));
   m.impl("engine_digest", TORCH_BOX(&nexus::engine_digest));
+  m.impl("engine_group_id", TORCH_BOX(&nexus::engine_group_id));
   m.impl("engine_wait", TORCH_BOX(&nexus::engine_wait));
   m.impl("engine_end_pass", TORCH_BOX(&nexus::engine_end_pass));
   m.impl("engine_prefault", TORCH_BOX(&nexus::engine_prefault));

@@ -128,8 +128,16 @@ class Engine:
                 not be read; asking again reads again.
             EngineClosed, ForkedEngine, ThreadConflict: The engine cannot be used from here.
         """
-        number = torch.tensor(group)
-        ops.acquire_(arena, number, number, self.handle)
+        number = self.group_id(group)
+        ops.acquire_(arena, number, number)
+
+    def group_id(self, group: int) -> torch.Tensor:
+        """What ops call a group: 0-dim int64, naming this engine and the group in it.
+
+        Raises:
+            EngineError: No number of a group.
+        """
+        return torch.tensor(ops.call(native.engine_group_id, self.handle, group))
 
     def wait(self, group: int) -> None:
         """Block until a resident group has landed; frees nothing. Raises as `acquire`."""

@@ -384,8 +384,7 @@ class _GroupSlot:
 
     def __init__(self, attachment: _Attachment, streamer: Streamer, index: int) -> None:
         self.arena = streamer.arena(index)
-        self.number = torch.tensor(streamer.number(index))
-        self.engine = streamer.engine.handle
+        self.id = streamer.group_id(index)
         self.is_resident = streamer.is_resident(index)
         self.life = attachment.life
 
@@ -397,19 +396,19 @@ class _GroupSlot:
         """Eager: wait for the group; what was read through the group before is over."""
         if self.life.slot is not self:
             self.life.end()
-        ops.acquire_(self.arena, dep, self.number, self.engine)
+        ops.acquire_(self.arena, dep, self.id)
         self.life.slot = self
 
     def acquire_compiled(self, dep: torch.Tensor) -> None:
         """The same inside a graph. `life` is only written here: read, it would be a guard."""
         self.life.slot = None
-        ops.native.acquire_.held(self.arena, dep, self.number, self.engine)
+        ops.native.acquire_.held(self.arena, dep, self.id)
 
     def release_compiled(self, result: object) -> None:
         """The end of the block. A compiler may move what nobody needs yet past the next block's
         acquire, but not past this: it needs what the block made, and mutates what it read.
         """
-        ops.native.release_(self.arena, _tensors_in(result), self.number, self.engine)
+        ops.native.release_(self.arena, _tensors_in(result), self.id)
 
 
 class _Life:
@@ -556,7 +555,7 @@ def _acquiring(forward: Callable[..., Any]) -> Callable[..., Any]:
         slot = self._nexus_group
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         # What the block computes from: acquire_ is ordered after it.
-        dep = tensors[0] if tensors else slot.number
+        dep = tensors[0] if tensors else slot.id
         if torch.compiler.is_compiling():
             _refuse_gradients(slot, tensors)
             slot.acquire_compiled(dep)

@@ -33,17 +33,13 @@ def _check_arena(arena: torch.Tensor) -> None:
 
 @torch.library.register_fake("nexus::acquire_")  # type: ignore[untyped-decorator]
 @torch.library.register_fake("nexus::acquire_.held")  # type: ignore[untyped-decorator]
-def _acquire_fake(
-    arena: torch.Tensor, dep: torch.Tensor, group_id: torch.Tensor, engine: int
-) -> None:
+def _acquire_fake(arena: torch.Tensor, dep: torch.Tensor, group_id: torch.Tensor) -> None:
     _check_arena(arena)
     _check(group_id.dtype == torch.int64 and group_id.dim() == 0)
 
 
 @torch.library.register_fake("nexus::release_")  # type: ignore[untyped-decorator]
-def _release_fake(
-    arena: torch.Tensor, deps: list[torch.Tensor], group_id: torch.Tensor, engine: int
-) -> None:
+def _release_fake(arena: torch.Tensor, deps: list[torch.Tensor], group_id: torch.Tensor) -> None:
     _check_arena(arena)
 
 
@@ -68,6 +64,6 @@ def call(op: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 _acquire: Any = native.acquire_.default
 
 
-def acquire_(arena: torch.Tensor, dep: torch.Tensor, group_id: torch.Tensor, engine: int) -> None:
+def acquire_(arena: torch.Tensor, dep: torch.Tensor, group_id: torch.Tensor) -> None:
     """Make `arena` hold the group; see the schema. Eager code calls this for typed errors."""
-    call(_acquire, arena, dep, group_id, engine)
+    call(_acquire, arena, dep, group_id)

@@ -127,9 +127,9 @@ class Streamer:
         """The memory of the tensors outside the groups; theirs alone."""
         return self._arenas[self._arena_of[0]]
 
-    def number(self, group: int) -> int:
-        """The group's number in the engine: what `acquire_` takes."""
-        return group + 1
+    def group_id(self, group: int) -> torch.Tensor:
+        """The group's name for `acquire_`: 0-dim int64."""
+        return self.engine.group_id(group + 1)
 
     def is_resident(self, group: int) -> bool:
         return group + 1 not in self._streamed
@@ -141,7 +141,7 @@ class Streamer:
     def sweep(self) -> None:
         """Acquire every group once, in order, computing nothing: what I/O alone takes."""
         for group in range(len(self.groups)):
-            self.engine.acquire(self.number(group), self.arena(group))
+            self.engine.acquire(group + 1, self.arena(group))
         self.engine.end_pass()
 
     def stats(self) -> Stats:

@@ -184,11 +184,11 @@ class Rig:
         self.engine.acquire(group, self.arena(group))
 
     def acquire_held(self, group: int) -> None:
-        number = torch.tensor(group)
-        torch.ops.nexus.acquire_.held(self.arena(group), number, number, self.engine.handle)
+        group_id = self.engine.group_id(group)
+        torch.ops.nexus.acquire_.held(self.arena(group), group_id, group_id)
 
     def release(self, group: int) -> None:
-        torch.ops.nexus.release_(self.arena(group), [], torch.tensor(group), self.engine.handle)
+        torch.ops.nexus.release_(self.arena(group), [], self.engine.group_id(group))
 
     def num_wrong(self, group: int) -> int:
         """Bytes of the group's arena that are not the file's."""

@@ -116,9 +116,7 @@ def test_opcheck_finds_nothing_wrong_with_acquire(
 ) -> None:
     slot = pair.streamed.blocks[number]._nexus_group
     dep = torch.randn(2, 3, requires_grad=requires_grad)
-    results = torch.library.opcheck(
-        torch.ops.nexus.acquire_.default, (slot.arena, dep, slot.number, slot.engine)
-    )
+    results = torch.library.opcheck(torch.ops.nexus.acquire_.default, (slot.arena, dep, slot.id))
     assert set(results.values()) == {"SUCCESS"}
     with torch.no_grad():
         assert torch.equal(pair.streamed(X), pair.resident(X))
@@ -139,18 +137,18 @@ def test_ops_that_wait_say_that_they_change_the_arena_and_suit_no_cuda_graph(op:
 def test_the_fake_of_acquire_touches_no_engine_and_takes_any_size() -> None:
     with torch._subclasses.FakeTensorMode():
         arena = torch.empty(123, dtype=torch.uint8)
-        no_engine = 1 << 40
-        torch.ops.nexus.acquire_(arena, torch.empty(2), torch.tensor(0), no_engine)
+        no_engine = torch.tensor(1 << 62)
+        torch.ops.nexus.acquire_(arena, torch.empty(2), no_engine)
         with pytest.raises(RuntimeError):
-            torch.ops.nexus.acquire_(arena.float(), arena, torch.tensor(0), no_engine)
+            torch.ops.nexus.acquire_(arena.float(), arena, no_engine)
         with pytest.raises(RuntimeError):
-            torch.ops.nexus.acquire_(arena, arena, torch.zeros(2, dtype=torch.int64), no_engine)
+            torch.ops.nexus.acquire_(arena, arena, torch.zeros(2, dtype=torch.int64))
 
 
 def test_acquiring_into_another_tensor_fills_it(pair: Pair) -> None:
     slot = pair.streamed.blocks[5]._nexus_group
     other = torch.empty_like(slot.arena)
-    ops.acquire_(other, X, slot.number, slot.engine)
+    ops.acquire_(other, X, slot.id)
     assert torch.equal(other, slot.arena)
     with torch.no_grad():
         for _ in range(2):
@@ -160,20 +158,20 @@ def test_acquiring_into_another_tensor_fills_it(pair: Pair) -> None:
 def test_an_arena_of_another_size_is_refused(pair: Pair) -> None:
     slot = pair.streamed.blocks[0]._nexus_group
     with pytest.raises(EngineError, match="bytes"):
-        ops.acquire_(slot.arena[1:], X, slot.number, slot.engine)
+        ops.acquire_(slot.arena[1:], X, slot.id)
 
 
-@pytest.mark.parametrize("number", [-1, 13, 1 << 40])
+@pytest.mark.parametrize("number", [13, 2**24 - 1])
 def test_a_group_that_is_not_there_is_refused(pair: Pair, number: int) -> None:
     slot = pair.streamed.blocks[0]._nexus_group
     with pytest.raises(EngineError, match="group id"):
-        ops.acquire_(slot.arena, X, torch.tensor(number), slot.engine)
+        ops.acquire_(slot.arena, X, slot.id // 2**24 * 2**24 + number)
 
 
 def test_an_engine_that_is_not_there_is_a_closed_one(pair: Pair) -> None:
     slot = pair.streamed.blocks[0]._nexus_group
     with pytest.raises(EngineClosed):
-        ops.acquire_(slot.arena, X, slot.number, 1 << 40)
+        ops.acquire_(slot.arena, X, slot.id + 2**24)
 
 
 def test_errors_that_are_not_ours_pass_unchanged() -> None:
@@ -451,6 +449,16 @@ def test_two_threads_in_a_model_compiled_whole_are_right_or_refused(pair: Pair) 
         assert "ThreadConflict" in answer if isinstance(answer, str) else torch.equal(answer, want)
     with torch.no_grad():
         assert torch.equal(compiled(X), want)
+
+
+def test_two_threads_in_a_resident_model_compiled_whole_are_right(tmp_path: Path) -> None:
+    pair = Pair(stack(*[WIDTH] * 5), tmp_path, lookahead=1)
+    nexus.close(pair.streamed)
+    nexus.stream(pair.streamed, pair.path, budget="1GiB")
+    compiled = torch.compile(pair.streamed, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        want = compiled(X)
+    assert all(torch.equal(answer, want) for answer in answers_of_two_threads(compiled))
 
 
 # -- gradients -----------------------------------------------------------------------------------

@@ -28,6 +28,13 @@ int64_t since_ns(Clock::time_point begin) {
 // How often a waiting caller looks for Ctrl-C.
 constexpr std::chrono::milliseconds kInterruptPoll{50};
 
+// A thread that holds a group this long, while another one waits for it, may be gone for good.
+constexpr std::chrono::seconds kHoldPatience{10};
+
+constexpr const char* kOneThread =
+    "One streamed model runs in one thread at a time; another thread began a pass in the middle of "
+    "this one, whose weights may have been overwritten. Serialise the calls.";
+
 // Half as many slots again as reads in flight: while one answer is copied out, the queue stays
 // full.
 int num_slots(int depth) { return depth + depth / 2; }
@@ -82,14 +89,12 @@ void Engine::attach(std::vector<ArenaMemory> arenas, const std::vector<GroupSpec
     if (!arena.is_view) device_->prepare(arena.memory.data, arena.memory.nbytes);
   }
   for (const GroupSpec& spec : groups) add_group(spec);
-  order_ = order;
+  order_ = Order(order);
   lookahead_ = lookahead;
   claims_.resize(arenas_.size());
-  for (size_t i = 0; i < order_.size(); ++i) {
-    group_at(order_[i]).position = static_cast<int>(i);
-  }
+  for (const int group : order) group_at(group).is_streamed = true;
   for (int i = 0; i < static_cast<int>(groups_.size()); ++i) {
-    if (group_at(i).position < 0) residents_.push_back(i);
+    if (!group_at(i).is_streamed) residents_.push_back(i);
   }
   open_reader();
   schedule();
@@ -134,7 +139,7 @@ void Engine::open_reader() {
                        [](const Piece& piece) { return piece.staged; });
   });
   Buffers buffers;
-  for (const int group : order_) {
+  for (const int group : order_.declared()) {
     Arena& arena = arena_of(group);
     const std::span<std::byte> memory(arena.memory.data, static_cast<size_t>(arena.memory.nbytes));
     if (std::none_of(buffers.begin(), buffers.end(),
@@ -174,7 +179,7 @@ void Engine::set_digests(const std::vector<uint64_t>& digests, Verify verify) {
   // What landed unseen is not trusted, except where somebody computes with it now.
   for (Arena& arena : arenas_) {
     if (arena.group < 0 || arena.acquired_generation) continue;
-    if (group_at(arena.group).position < 0) residents_.push_back(arena.group);
+    if (!group_at(arena.group).is_streamed) residents_.push_back(arena.group);
     begin(arena, arena.group);
   }
   schedule();
@@ -184,10 +189,13 @@ void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
   std::unique_lock lock = enter();
   check_group(group);
   check_arena(group, nbytes);
+  const bool is_streamed = group_at(group).is_streamed;
+  if (is_streamed) wait_for_holder(lock, group);
   check_thread(group);
   release_current(group);
   current_ = group;
-  if (group_at(group).position >= 0) position_ = group_at(group).position;
+  if (is_streamed) order_.visit(group);
+  has_begun_ |= is_streamed;
   Arena& home = arena_of(group);
   const bool is_clone = arena != home.memory.data;
   if (is_clone) distrust_clone(home, group_at(group));
@@ -196,7 +204,8 @@ void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
   home.acquired_generation.reset();
   await(lock, group);
   home.acquired_generation = home.generation;
-  home.is_held = hold;
+  home.is_held = hold && is_streamed;
+  home.holder = std::this_thread::get_id();
   if (!is_clone) return;
   ++counters_.num_cloned;
   device_->copy(arena, home.memory.data, group_at(group).nbytes);
@@ -206,16 +215,22 @@ void Engine::release(int group) {
   const std::unique_lock lock = enter();
   check_group(group);
   Arena& arena = arena_of(group);
+  if (arena.robbed == std::this_thread::get_id()) {
+    arena.robbed = {};
+    fail("ThreadConflict", kOneThread);
+  }
+  if (!group_at(group).is_streamed && current_ == group) current_ = -1;
   if (!arena.is_held || arena.group != group) return;
   arena.is_held = false;
   free_arena(arena, group);
   if (current_ == group) current_ = -1;
   schedule();
+  landed_.notify_all();
 }
 
 // See Note [Clones]. An arena of one group only gets back what it held.
 void Engine::distrust_clone(Arena& arena, const Group& group) {
-  if (group.position < 0 || arena.is_view) return;
+  if (!group.is_streamed || arena.is_view) return;
   arena.is_cloned = true;
   if (arena.state == State::kLanded) arena.state = State::kEmpty;
 }
@@ -223,7 +238,7 @@ void Engine::distrust_clone(Arena& arena, const Group& group) {
 void Engine::wait_resident(int group) {
   std::unique_lock lock = enter();
   check_group(group);
-  if (group_at(group).position >= 0) {
+  if (group_at(group).is_streamed) {
     fail("EngineError", "Only a resident group can be waited for; group ", group,
          " shares its arena, acquire it.");
   }
@@ -233,6 +248,7 @@ void Engine::wait_resident(int group) {
 void Engine::end_pass() {
   const std::unique_lock lock = enter();
   if (owner_ == std::this_thread::get_id()) owner_ = {};
+  check_not_taken_over();
 }
 
 bool Engine::is_in_this_process() const { return getpid() == process_; }
@@ -257,11 +273,12 @@ void Engine::check_usable() const {
 
 // Two threads inside one model would free each other's arenas. Who comes second is refused once,
 // so that a thread that died in mid-pass does not lock the model; if it insists, the first is told.
+// What is held needs no such care: it stays until it is released.
 void Engine::check_thread(int group) {
-  if (order_.empty()) return;
+  if (order_.declared().empty()) return;
   const std::thread::id me = std::this_thread::get_id();
-  const bool is_mid_pass = current_ >= 0 && (current_ != static_cast<int>(groups_.size()) - 1 ||
-                                             arena_of(current_).is_held);
+  const bool is_mid_pass = current_ >= 0 && current_ != static_cast<int>(groups_.size()) - 1 &&
+                           !arena_of(current_).is_held;
   if (owner_ != std::thread::id() && owner_ != me && is_mid_pass) {
     contested_ = std::exchange(owner_, {});
     was_taken_over_ = false;
@@ -270,17 +287,44 @@ void Engine::check_thread(int group) {
          "the first was in the middle of a pass. Serialise the calls, or stream one model per "
          "thread.");
   }
-  if (contested_ == me && group_at(group).position >= 0) {
-    contested_ = {};
+  if (contested_ == me && group_at(group).is_streamed) {
     // From the first group on it is a new pass, with nothing to lose.
-    if (was_taken_over_ && group != order_.front()) {
-      fail("ThreadConflict",
-           "One streamed model runs in one thread at a time; another thread began a pass in the "
-           "middle of this one, whose weights may have been overwritten. Serialise the calls.");
-    }
+    if (group == order_.declared().front()) was_taken_over_ = false;
+    check_not_taken_over();
   }
   if (contested_ != me) was_taken_over_ = true;
   owner_ = me;
+}
+
+void Engine::check_not_taken_over() {
+  if (contested_ != std::this_thread::get_id()) return;
+  contested_ = {};
+  if (was_taken_over_) fail("ThreadConflict", kOneThread);
+}
+
+// Another thread computes from the arena and says when it is through. One that never does (its
+// graph died half-way) is given up after a while, and told if it comes back.
+void Engine::wait_for_holder(std::unique_lock<std::mutex>& lock, int group) {
+  Arena& arena = arena_of(group);
+  const std::thread::id me = std::this_thread::get_id();
+  const Clock::time_point began = Clock::now();
+  while (arena.is_held && arena.holder != me && !is_closing_) {
+    if (landed_.wait_for(lock, kInterruptPoll) != std::cv_status::timeout) continue;
+    lock.unlock();
+    const bool gives_up = interrupted();
+    lock.lock();
+    if (gives_up) fail("Interrupted", "interrupted while waiting for group ", group);
+    if (Clock::now() - began < kHoldPatience) continue;
+    arena.is_held = false;
+    arena.robbed = arena.holder;
+    fail("ThreadConflict",
+         "One streamed model runs in one thread at a time; another thread has "
+         "held group ",
+         group, " for ", kHoldPatience.count(),
+         " s. Serialise the calls; the next "
+         "one takes the group.");
+  }
+  check_usable();
 }
 
 void Engine::check_group(int group) const {
@@ -314,7 +358,7 @@ void Engine::free_arena(Arena& arena, int group) {
          acquired, " became ", arena.generation,
          "). The output is wrong; this is a defect of nexus_ext, please report it.");
   }
-  if (group_at(group).position < 0) return;
+  if (!group_at(group).is_streamed) return;
   if (options_.poison && !arena.is_view) {
     device_->poison(arena.memory.data, arena.memory.nbytes);
     arena.state = State::kEmpty;
@@ -334,7 +378,7 @@ void Engine::await(std::unique_lock<std::mutex>& lock, int group) {
   const bool was_expected =
       arena.group == group && (arena.state == State::kLoading || arena.state == State::kLanded);
   if (arena.group == group && arena.state == State::kLanded) {
-    ++(group_at(group).position < 0 ? counters_.num_resident_hits : counters_.num_hits);
+    ++(group_at(group).is_streamed ? counters_.num_hits : counters_.num_resident_hits);
     schedule();
     return;
   }
@@ -366,12 +410,14 @@ void Engine::schedule() {
   if (current_ >= 0) want(current_);
   std::erase_if(residents_, [this](int group) { return arena_of(group).state == State::kLanded; });
   for (const int group : residents_) want(group);
-  const int num_streamed = static_cast<int>(order_.size());
-  // Before the first pass every arena is free.
-  const int ahead = std::min(position_ < 0 ? lookahead_ + 1 : lookahead_, num_streamed);
-  for (int step = 1; step <= ahead; ++step) {
-    want(order_[static_cast<size_t>((position_ + step) % num_streamed)]);
+  if (has_begun_) {
+    order_.predict(static_cast<size_t>(lookahead_), ahead_);
+  } else {
+    // Before the first pass every arena is free.
+    ahead_ = order_.declared();
+    ahead_.resize(std::min(ahead_.size(), static_cast<size_t>(lookahead_) + 1));
   }
+  for (const int group : ahead_) want(group);
   if (!queue_.empty() || !left_behind_.empty()) work_.notify_one();
 }
 

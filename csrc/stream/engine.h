@@ -41,6 +41,7 @@
 #include "io/ladder.h"
 #include "io/staging.h"
 #include "stream/load.h"
+#include "stream/order.h"
 
 namespace nexus {
 
@@ -85,11 +86,13 @@ class Engine {
   // When `arena` is another memory of the same size, the bytes are copied there; see Note [Clones].
   // Throws what went wrong with the read; the engine stays usable.
   void acquire(int group, std::byte* arena, int64_t nbytes, bool hold);
-  // The readers of a held group are through. Does nothing for a group that is not held.
+  // The readers of a held group are through. Does nothing for a group that is not held. Throws
+  // ThreadConflict when another thread took the arena meanwhile.
   void release(int group);
   // Blocks until a resident group has landed; frees nothing.
   void wait_resident(int group);
-  // The calling thread is done with the last group it acquired: another thread may begin.
+  // The calling thread is done with the last group it acquired: another thread may begin. Throws
+  // ThreadConflict when another thread broke into the pass, whose result is then worthless.
   void end_pass();
 
   // Reads a group past the engine and hashes it: the reference that landings are compared with.
@@ -114,6 +117,8 @@ class Engine {
     bool is_view = false;                         // lies in a file's mapping
     bool is_cloned = false;                       // see Note [Clones]
     bool is_held = false;                         // in use until release()
+    std::thread::id holder;                       // who holds it
+    std::thread::id robbed;                       // who held it too long; see wait_for_holder
     std::optional<uint64_t> acquired_generation;  // none while nobody uses it
     State state = State::kEmpty;
     int group = -1;
@@ -153,6 +158,8 @@ class Engine {
   std::unique_lock<std::mutex> enter() const;
   void check_usable() const;
   void check_thread(int group);
+  void check_not_taken_over();
+  void wait_for_holder(std::unique_lock<std::mutex>& lock, int group);
   void check_group(int group) const;
   void check_arena(int group, int64_t nbytes) const;
   void check_spec(const GroupSpec& spec, const std::vector<ArenaMemory>& arenas) const;
@@ -198,7 +205,7 @@ class Engine {
   std::condition_variable landed_;
   std::vector<Group> groups_;
   std::vector<Arena> arenas_;
-  std::vector<int> order_;
+  Order order_;
   int lookahead_ = 0;
   Verify verify_ = Verify::kOff;
   std::vector<Chunk> chunks_;
@@ -208,8 +215,9 @@ class Engine {
   uint64_t num_schedules_ = 0;
   std::vector<int> left_behind_;  // views whose pages are to be dropped
   int num_in_flight_ = 0;
-  int current_ = -1;   // the group last acquired
-  int position_ = -1;  // the place in order_ last acquired
+  int current_ = -1;        // the group last acquired
+  bool has_begun_ = false;  // something streamed was acquired
+  std::vector<int> ahead_;  // what schedule() expects, kept for its memory
   std::thread::id owner_;
   // Whose pass another thread broke into, and whether it went on to do so.
   std::thread::id contested_;

@@ -15,8 +15,8 @@ namespace nexus {
 struct Group {
   int arena = -1;
   int64_t nbytes = 0;
-  // Place in the streaming order; -1 for a resident group.
-  int position = -1;
+  // Shares its arena with others; else it is resident.
+  bool is_streamed = false;
   std::vector<Piece> pieces;
   std::vector<int> files;
   std::optional<uint64_t> digest;

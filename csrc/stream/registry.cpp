@@ -1,6 +1,7 @@
 #include "stream/registry.h"
 
 #include <map>
+#include <random>
 #include <shared_mutex>
 
 #include "common/error.h"
@@ -11,7 +12,7 @@ namespace {
 struct Registry {
   std::shared_mutex mutex;
   std::map<int64_t, std::shared_ptr<Engine>> engines;
-  int64_t next = 1;
+  int64_t next = 1 + static_cast<int64_t>(std::random_device{}() >> 1);
 };
 
 // Never destroyed: at exit, threads may still be inside an engine.

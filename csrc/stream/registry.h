@@ -1,5 +1,10 @@
-// Engines by number: the only global. A number is what crosses the border to Python and what a
-// compiled graph holds; it is never given out twice.
+// Engines by number: the only global. A number is what crosses the border to Python.
+//
+// Note [Group ids]
+// A graph names a group by one number that holds both, engine and group. It is a tensor there, not
+// an int, so that a model streamed anew (another budget, another checkpoint) runs the graph it was
+// compiled to. Engine numbers are never given out twice, and begin at random: a graph that was
+// saved and loaded into another process names no engine there by accident.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +13,18 @@
 #include "stream/engine.h"
 
 namespace nexus {
+
+struct GroupId {
+  int64_t engine;
+  int group;
+};
+
+// Groups of one engine: 16 M, the experts of the largest models several times over.
+constexpr int kGroupBits = 24;
+
+constexpr GroupId unpack_group_id(int64_t id) {
+  return {id >> kGroupBits, static_cast<int>(id & ((int64_t{1} << kGroupBits) - 1))};
+}
 
 int64_t register_engine(std::shared_ptr<Engine> engine);
 // Throws EngineClosed for a number that is not, or no longer, an engine.
