@@ -111,8 +111,8 @@ void engine_attach(int64_t engine, std::vector<Tensor> arenas, Ints groups, Ints
     memory.push_back({std::make_shared<Tensor>(arena), bytes_of(arena), arena.numel()});
   }
   std::vector<GroupSpec> specs;
-  for (size_t i = 0; i < groups.size(); i += 2) {
-    specs.push_back({number(groups[i]), groups.at(i + 1), {}});
+  for (size_t i = 0; i < groups.size(); i += 3) {
+    specs.push_back({number(groups[i]), groups.at(i + 1), groups.at(i + 2) != 0, {}});
   }
   for (size_t i = 0; i < extents.size(); i += 5) {
     specs.at(static_cast<size_t>(extents[i]))
@@ -144,6 +144,21 @@ void engine_wait(int64_t engine, int64_t group) {
 void engine_end_pass(int64_t engine) { find_engine(engine)->end_pass(); }
 
 void engine_prefault(int64_t engine, bool background) { find_engine(engine)->prefault(background); }
+
+void engine_read_rows(const Tensor& out, const Tensor& rows, int64_t engine, int64_t file,
+                      int64_t offset, int64_t row_bytes, int64_t num_rows) {
+  using torch::headeronly::ScalarType;
+  if (rows.scalar_type() != ScalarType::Long || !rows.is_contiguous() || !out.is_contiguous() ||
+      out.scalar_type() != ScalarType::Byte || out.numel() != rows.numel() * row_bytes) {
+    fail("EngineError",
+         "Rows are contiguous int64 numbers, and `out` has a byte for each of "
+         "theirs; got ",
+         rows.numel(), " rows of ", row_bytes, " bytes for ", out.numel(), ".");
+  }
+  const auto* first = static_cast<const int64_t*>(rows.const_data_ptr());
+  find_engine(engine)->read_rows(number(file), {offset, row_bytes, num_rows},
+                                 {first, static_cast<size_t>(rows.numel())}, bytes_of(out));
+}
 
 Tensor engine_map(int64_t engine, int64_t file, int64_t offset, int64_t nbytes) {
   std::shared_ptr<std::byte> pages = find_engine(engine)->map(number(file), offset, nbytes);
@@ -207,11 +222,20 @@ STABLE_TORCH_LIBRARY(nexus, m) {
   // `deps` are what the readers made: computed before, they need no copy of the arena.
   m.def("release_(Tensor(a!) arena, Tensor[] deps, Tensor group_id) -> ()");
 
+  // Pure: functions of their inputs and of the checkpoint. Kernels and gradients:
+  // nexus_ext/rows.py. x [..., in] @ W[out, in]^T + bias; W is read in tiles of rows.
+  m.def("streamed_linear(Tensor x, Tensor? bias, Tensor weight_id, SymInt out_features) -> Tensor");
+  // grad [..., out] @ W[out, in]: the gradient of x.
+  m.def("streamed_linear_grad(Tensor grad, Tensor weight_id, SymInt in_features) -> Tensor");
+  // The rows of a table [num, dim] that `ids` (int32 or int64, any shape) name: [*ids.shape, dim].
+  m.def("streamed_embedding(Tensor ids, Tensor table_id, SymInt dim, ScalarType dtype) -> Tensor");
+
   // stamps: device, inode, size, mtime_ns per path. faults: the fields of FaultPlan, or empty.
   m.def(
       "engine_open(str[] paths, int[] stamps, str io, bool allow_uring, bool trailing_drop, "
       "int depth, int chunk_bytes, bool poison, int[] faults) -> int");
-  // groups: arena, nbytes per group. extents: group, file, offset, nbytes, group_offset per extent.
+  // groups: arena, nbytes, is_brief per group. extents: group, file, offset, nbytes, group_offset
+  // per extent.
   m.def(
       "engine_attach(int engine, Tensor[] arenas, int[] groups, int[] extents, int[] order, "
       "int lookahead) -> ()");
@@ -221,6 +245,10 @@ STABLE_TORCH_LIBRARY(nexus, m) {
   m.def("engine_wait(int engine, int group) -> ()");
   m.def("engine_end_pass(int engine) -> ()");
   m.def("engine_prefault(int engine, bool background) -> ()");
+  // Row rows[i] (int64) of the table goes to the i-th row_bytes of `out`.
+  m.def(
+      "engine_read_rows(Tensor(a!) out, Tensor rows, int engine, int file, int offset, "
+      "int row_bytes, int num_rows) -> ()");
   m.def("engine_map(int engine, int file, int offset, int nbytes) -> Tensor");
   m.def("engine_stats(int engine) -> str");
   m.def("engine_close(int engine) -> ()");
@@ -236,6 +264,7 @@ STABLE_TORCH_LIBRARY_IMPL(nexus, CPU, m) {
   m.impl("acquire_", TORCH_BOX(&nexus::acquire_));
   m.impl("acquire_.held", TORCH_BOX(&nexus::acquire_held_));
   m.impl("release_", TORCH_BOX(&nexus::release_));
+  m.impl("engine_read_rows", TORCH_BOX(&nexus::engine_read_rows));
   m.impl("xxh3", TORCH_BOX(&nexus::xxh3));
 }
 

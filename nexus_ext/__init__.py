@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.errors import NexusError
-from nexus_ext.module import StreamedModule, close, plan_of, stats, stream
+from nexus_ext.module import close, plan_of, stats, stream
 from nexus_ext.plan import Plan
 from nexus_ext.pretrained import from_pretrained
 from nexus_ext.profiling import Stats
+from nexus_ext.subclass import StreamedModule
 
 __all__ = [
     "Checkpoint",

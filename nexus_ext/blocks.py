@@ -65,10 +65,23 @@ def _expand(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
             f"groups must name modules of {type(model).__name__}; there is no {name!r}. "
             f"Containers it has: {', '.join(known[:8]) or 'none'}."
         ) from None
+    return _called_in(name, module)
+
+
+def _called_in(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """A container's children; children that cannot be called are taken apart in turn."""
     if not _is_container(module):
         return [(name, module)]
     prefix = f"{name}." if name else ""
-    return [(prefix + child_name, child) for child_name, child in module.named_children()]
+    return [
+        pair
+        for child_name, child in module.named_children()
+        for pair in (
+            _called_in(prefix + child_name, child)
+            if isinstance(child, nn.ModuleList | nn.ModuleDict)
+            else [(prefix + child_name, child)]
+        )
+    ]
 
 
 def _repeating_containers(model: nn.Module) -> list[str]:

@@ -41,6 +41,7 @@ class StreamConfig:
         depth: Reads in flight; None is the reader's default.
         chunk_bytes: Most bytes of one read.
         use_uring: Whether io_uring may be used where it works.
+        tile_bytes: Bytes of one tile of a projection that is read by rows, about.
     """
 
     budget: int | Literal["auto"] = "auto"
@@ -52,6 +53,7 @@ class StreamConfig:
     depth: int | None = None
     chunk_bytes: int = 1 << 20
     use_uring: bool = True
+    tile_bytes: int = 8 << 20
 
     @classmethod
     def of(
@@ -66,6 +68,7 @@ class StreamConfig:
         depth: int | None = None,
         chunk_bytes: str | int = 1 << 20,
         use_uring: bool = True,
+        tile_bytes: str | int = 8 << 20,
     ) -> StreamConfig:
         """Check and convert what a user wrote.
 
@@ -90,6 +93,7 @@ class StreamConfig:
             depth=depth,
             chunk_bytes=chunk,
             use_uring=use_uring,
+            tile_bytes=parse_bytes(tile_bytes),
         )
 
 

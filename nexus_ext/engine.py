@@ -6,7 +6,7 @@ Owns the engine's number. It knows arenas, groups and files; it has never heard 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -86,6 +86,7 @@ class Engine:
         arena_of: Sequence[int],
         order: Sequence[int],
         lookahead: int,
+        brief: Collection[int] = (),
     ) -> None:
         """Give every group its arena and start loading. Does not block.
 
@@ -95,11 +96,12 @@ class Engine:
             arena_of: For each group the index of its arena.
             order: The groups that share arenas, in the order they are used; others are resident.
             lookahead: Groups of `order` loaded ahead of the one in use.
+            brief: Groups that are used beside the one in use, and given back at once.
         """
         table = [
             number
-            for group, arena in zip(groups, arena_of, strict=True)
-            for number in (arena, group.nbytes)
+            for index, (group, arena) in enumerate(zip(groups, arena_of, strict=True))
+            for number in (arena, group.nbytes, index in brief)
         ]
         extents = [
             number
@@ -146,6 +148,26 @@ class Engine:
     def end_pass(self) -> None:
         """The calling thread is through; another one may begin."""
         ops.call(native.engine_end_pass, self.handle)
+
+    def read_rows(
+        self, out: torch.Tensor, rows: torch.Tensor, file: int, offset: int, num_rows: int
+    ) -> None:
+        """Fill `out` with rows of the table at `offset` of a file, in the order asked for. Blocks.
+
+        Args:
+            out: uint8 [len(rows), bytes of a row], contiguous.
+            rows: int64, 1-D, contiguous.
+            file: Index of the file.
+            offset: Where the table begins, bytes.
+            num_rows: Of the table.
+
+        Raises:
+            EngineError: A row that the table does not have.
+            ReadError, TruncatedCheckpoint, CheckpointChanged: The bytes cannot be had.
+        """
+        ops.call(
+            native.engine_read_rows, out, rows, self.handle, file, offset, out.shape[-1], num_rows
+        )
 
     def prefault(self, *, background: bool) -> None:
         """Bring every page of the mapped files in, touching all of them in parallel."""

@@ -38,6 +38,7 @@ class Plan:
 
     `streamed[i]` always lives in the shared arena `arena_of[i]`, `arena_bytes[arena_of[i]]` big.
     There are `lookahead` + 1 of these; none, and lookahead 0, when everything is resident.
+    `tiled_bytes` of projections are read by rows in every pass, through `tile_arena_bytes`.
     `minimum_bytes` is the smallest budget `make_plan` accepts, as a rule that of lookahead 1. A
     prediction is None while its rates are unknown; with unknown compute the step is the I/O bound.
     """
@@ -51,6 +52,8 @@ class Plan:
     arena_bytes: tuple[int, ...] = ()
     lookahead: int = 0
     minimum_bytes: int = 0
+    tiled_bytes: int = 0
+    tile_arena_bytes: int = 0
     predicted_io_seconds: float | None = None
     predicted_compute_seconds: float | None = None
     predicted_step_seconds: float | None = None
@@ -67,16 +70,22 @@ class Plan:
     @property
     def streamed_bytes(self) -> int:
         """Bytes read from disk in every pass."""
-        return sum(self.group_bytes[group] for group in self.streamed)
+        return sum(self.group_bytes[group] for group in self.streamed) + self.tiled_bytes
 
     @property
     def device_bytes(self) -> int:
         """Bytes of device memory in use; never more than the budget."""
-        return self.outside_bytes + self.resident_bytes + sum(self.arena_bytes)
+        arenas = sum(self.arena_bytes) + self.tile_arena_bytes
+        return self.outside_bytes + self.resident_bytes + arenas
 
     def describe(self) -> str:
         """The plan as a table for people, one fact a line."""
         size, step = format_bytes, self.predicted_step_seconds
+        tiles = (
+            f"by rows   {size(self.tiled_bytes)} a pass through {size(self.tile_arena_bytes)}\n"
+            if self.tiled_bytes
+            else ""
+        )
         compute = self.predicted_compute_seconds
         bound = "at least " if compute is None and step is not None else ""
         return (
@@ -85,6 +94,7 @@ class Plan:
             f"streamed  groups: {len(self.streamed)}, {size(self.streamed_bytes)} a pass\n"
             f"arenas    {len(self.arena_bytes)}, {size(sum(self.arena_bytes))}, "
             f"lookahead {self.lookahead}\n"
+            f"{tiles}"
             f"device    {size(self.device_bytes)} of a budget of {size(self.budget_bytes)}; "
             f"the smallest that works is {size(self.minimum_bytes)}\n"
             f"step      {bound}{_seconds(step)}: I/O {_seconds(self.predicted_io_seconds)}, "
@@ -99,6 +109,8 @@ def make_plan(
     lookahead: int | Literal["auto"] = "auto",
     rates: Rates = Rates(),
     in_flight_bytes: int = 16 << 20,
+    tiled_bytes: int = 0,
+    tile_arena_bytes: int = 0,
 ) -> Plan:
     """Split the groups into resident and streamed ones so that the budget holds.
 
@@ -110,6 +122,8 @@ def make_plan(
             than a mean group, as far as the budget reaches.
         rates: Measured speeds for the prediction.
         in_flight_bytes: Bytes the disk wants requested at any time to run at full speed.
+        tiled_bytes: Bytes of projections that are read by rows in every pass.
+        tile_arena_bytes: Bytes of the arenas they are read through.
 
     Raises:
         BudgetError: The budget is too small, altogether or for the lookahead asked for.
@@ -117,7 +131,14 @@ def make_plan(
     """
     _check(lookahead, rates, (*group_bytes, outside_bytes, budget_bytes, in_flight_bytes))
     sizes = tuple(group_bytes)
-    everything = Plan(budget_bytes, outside_bytes, sizes, tuple(range(len(sizes))))
+    everything = Plan(
+        budget_bytes,
+        outside_bytes,
+        sizes,
+        tuple(range(len(sizes))),
+        tiled_bytes=tiled_bytes,
+        tile_arena_bytes=tile_arena_bytes,
+    )
     depths = _depths(sizes, lookahead, in_flight_bytes)
     smallest = {depth: _smallest(everything, depth) for depth in (1, *depths)}
     minimum = min(plan.device_bytes for plan in smallest.values())
@@ -265,11 +286,13 @@ def _predicted(plan: Plan, rates: Rates) -> Plan:
     disk, mean = rates.disk_bytes_per_second, rates.compute_seconds_per_group
     seconds = [mean or 0.0] * plan.num_groups
     plan = replace(plan, predicted_compute_seconds=None if mean is None else sum(seconds))
-    if plan.streamed and disk is None:
+    if plan.streamed_bytes and disk is None:
         return plan
     rate = disk or math.inf
     step = predict_step(plan.group_bytes, plan.streamed, plan.arena_of, seconds, rate)
     io = plan.streamed_bytes / rate
+    # Projections computed by rows take about as long as their bytes.
+    step += plan.tiled_bytes / rate
     return replace(plan, predicted_io_seconds=io, predicted_step_seconds=step)
 
 
@@ -279,8 +302,8 @@ def _too_small(needed: Plan, minimum: int) -> BudgetError:
         f"got {needed.budget_bytes} bytes, needed {needed.device_bytes} = "
         f"outside {needed.outside_bytes} + resident {needed.resident_bytes} + "
         f"{len(needed.arena_bytes)} arenas {sum(needed.arena_bytes)} (lookahead "
-        f"{needed.lookahead}); give at least that; the smallest budget that works is {minimum} "
-        f"bytes ({format_bytes(minimum)}) with lookahead='auto'"
+        f"{needed.lookahead}) + tiles {needed.tile_arena_bytes}; give at least that; the smallest "
+        f"budget that works is {minimum} bytes ({format_bytes(minimum)}) with lookahead='auto'"
     )
 
 

@@ -15,7 +15,8 @@ from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.config import StreamConfig
 from nexus_ext.errors import ConfigError, MissingExtra
 from nexus_ext.hub import locate
-from nexus_ext.module import lay_out, stream
+from nexus_ext.layout import lay_out
+from nexus_ext.module import stream
 from nexus_ext.plan import Plan
 from nexus_ext.streamer import Progress, plan_groups
 
@@ -30,6 +31,7 @@ def from_pretrained(
     model_class: str | type[nn.Module] | None = None,
     device: str | torch.device = "cpu",
     groups: str | Iterable[str] | None = None,
+    by_rows: str | Iterable[str] = (),
     progress: Progress | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -43,6 +45,7 @@ def from_pretrained(
         model_class: A transformers class or its name; None takes the one named in the config.
         device: As in `stream`.
         groups: As in `stream`.
+        by_rows: As in `stream`.
         progress: As in `stream`.
         **options: As in `stream`: budget, io, lookahead, ram_budget, verify, prefault, ...
 
@@ -61,6 +64,7 @@ def from_pretrained(
         checkpoint,
         device=device,
         groups=groups,
+        by_rows=by_rows,
         rename=rename,
         # As transformers does: a head or a buffer that this class has no use for stays unread.
         strict=False,
@@ -74,14 +78,22 @@ def plan_pretrained(
     *,
     model_class: str | type[nn.Module] | None = None,
     groups: str | Iterable[str] | None = None,
+    by_rows: str | Iterable[str] = (),
     **options: Any,
 ) -> Plan:
     """What `from_pretrained` would keep and stream, read from headers alone. Raises as it does."""
     path = locate(name)
     checkpoint = Checkpoint.open(path)
     model = build_empty(path, checkpoint, model_class)
-    layout = lay_out(model, checkpoint, groups, _renaming(model, checkpoint), strict=False)
-    return plan_groups(checkpoint, layout.groups, layout.outside, StreamConfig.of(**options))
+    rename = _renaming(model, checkpoint)
+    layout = lay_out(model, checkpoint, groups, rename, strict=False, by_rows=by_rows)
+    return plan_groups(
+        checkpoint,
+        layout.groups,
+        layout.outside,
+        StreamConfig.of(**options),
+        projections=layout.projections,
+    )
 
 
 def build_empty(

@@ -51,6 +51,10 @@ class Stats:
     num_healed: int
     num_dropped: int
     num_cloned: int
+    num_rows: int
+    num_row_reads: int
+    num_row_retries: int
+    row_bytes_read: int
     stall_seconds: float
     busy_seconds: float
     prefault_bytes: int

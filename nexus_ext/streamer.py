@@ -4,18 +4,18 @@ Owns the arenas (device memory) and the engine. It knows groups by number and te
 has never heard of `nn.Module`.
 
 The engine's group 0 is everything outside the groups: one resident arena. Group i here is number
-i + 1 there.
+i + 1 there; the tiles of projections that are read by rows come behind the groups.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from nexus_ext.checkpoint import ALIGNMENT, Checkpoint, Extent, Group
+from nexus_ext.checkpoint import ALIGNMENT, Checkpoint, Entry, Extent, Group
 from nexus_ext.config import StreamConfig, home_folder, poisons_freed_arenas
 from nexus_ext.digests import recorded_digests
 from nexus_ext.engine import Engine, Faults, ReadMode, cached_bytes, measure_read
@@ -23,6 +23,7 @@ from nexus_ext.errors import BudgetError
 from nexus_ext.memory import available_bytes, default_budget, format_bytes, should_prefault
 from nexus_ext.plan import Plan, Rates, make_plan
 from nexus_ext.profiling import Stats
+from nexus_ext.rows import RowTable, TiledWeight, forget, remember, tiles_of
 
 __all__ = ["Progress", "Streamer", "plan_groups"]
 
@@ -38,6 +39,8 @@ _DEFAULT_DEPTH = 16
 _SMALLEST_DEPTH = 2
 # "auto" trusts the page cache from this share of the checkpoint on.
 _MOSTLY_CACHED = 0.5
+# While one tile computes, one lands and one is asked for.
+_TILE_ARENAS = 3
 # Enough to see a disk's rate, short enough not to be noticed.
 _RATE_PROBE_BYTES = 64 << 20
 
@@ -64,7 +67,9 @@ class Streamer:
         outside: Group,
         config: StreamConfig,
         *,
-        order: Sequence[int] | None = None,
+        projections: Sequence[Entry] = (),
+        tables: Sequence[Entry] = (),
+        sequence: Sequence[int | Entry] | None = None,
         faults: Faults | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -75,6 +80,10 @@ class Streamer:
             groups: What moves together, in the order of use.
             outside: The tensors that stay on the device.
             config: What the user asked for.
+            projections: Matrices that are read in tiles.
+            tables: Matrices that are read row by row.
+            sequence: Groups (indices) and projections in the order of use, as far as it is known;
+                None is groups, then projections. The engine learns the real one.
             faults: Test hook.
             progress: Called while residents are read or digests are taken.
 
@@ -86,10 +95,17 @@ class Streamer:
         self.groups = tuple(groups)
         self.outside = outside
         self._checkpoint = checkpoint
+        self._tiles = {entry.name: tiles_of(entry, config.tile_bytes) for entry in projections}
+        self._tables = tuple(tables)
+        self._sequence = sequence or (*range(len(self.groups)), *projections)
+        self._by_rows: list[TiledWeight | RowTable] = []
+        self.is_closed = False
         self._progress = progress or (lambda what, done, total: None)
         choice = _choose_mode(checkpoint, config)
         self._reason = choice.reason
-        self.plan = plan_groups(checkpoint, self.groups, outside, config, choice.mode)
+        self.plan = plan_groups(
+            checkpoint, self.groups, outside, config, choice.mode, projections=projections
+        )
         self._prefault_reason = "only mapped files are pre-faulted"
         self.engine = Engine(
             checkpoint.files, choice.mode, poison=poisons_freed_arenas(), faults=faults
@@ -103,18 +119,65 @@ class Streamer:
     def _start(self, mode: ReadMode) -> None:
         if mode.io == "mmap":
             self._prefault()
-        everything = (self.outside, *self.groups)
         self._arenas, self._arena_of = self._allocate(mode)
         self.engine.attach(
             self._arenas,
-            everything,
+            self._everything,
             self._arena_of,
-            [group + 1 for group in self.plan.streamed],
-            self.plan.lookahead,
+            list(self._order()),
+            # The tiles come between the groups, and should not keep them from being read ahead.
+            self.plan.lookahead + _TILE_ARENAS * bool(self._tiles),
+            brief=self._tile_range,
         )
         if self.config.verify != "off":
-            self._verify(everything)
+            self._verify()
         self._wait_for_residents()
+        self.projection_ids, self.table_ids = self._open_by_rows()
+
+    @property
+    def _everything(self) -> list[Group]:
+        """Every group of the engine, by number."""
+        tiles = [tile for tiles in self._tiles.values() for tile in tiles]
+        return [self.outside, *self.groups, *tiles]
+
+    @property
+    def _tile_range(self) -> range:
+        return range(len(self.groups) + 1, len(self._everything))
+
+    def _tile_numbers(self) -> dict[str, range]:
+        """The engine's numbers of each projection's tiles."""
+        numbers, end = {}, len(self.groups) + 1
+        for name, tiles in self._tiles.items():
+            numbers[name] = range(end, end + len(tiles))
+            end += len(tiles)
+        return numbers
+
+    def _order(self) -> Iterator[int]:
+        """The engine's numbers of all that streams, in the order of use."""
+        tiles = self._tile_numbers()
+        for thing in self._sequence:
+            if isinstance(thing, Entry):
+                yield from tiles[thing.name]
+            elif not self.is_resident(thing):
+                yield thing + 1
+
+    def _open_by_rows(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Make ids, by the name of the tensor, for projections and for tables."""
+        weights, tables = {}, {}
+        for name, numbers in self._tile_numbers().items():
+            tiles = zip(numbers, self._tiles[name], strict=True)
+            weights[name] = TiledWeight(
+                self.engine, [(n, tile, self._arenas[self._arena_of[n]]) for n, tile in tiles]
+            )
+        for number, entry in enumerate(self._tables, len(self._everything)):
+            tables[entry.name] = RowTable(self.engine, number, entry)
+        self._by_rows = [*weights.values(), *tables.values()]
+        for thing in self._by_rows:
+            remember(thing)
+        return (
+            {name: weight.id for name, weight in weights.items()},
+            {name: table.id for name, table in tables.items()},
+        )
 
     # -- what a model uses -------------------------------------------------------------------
 
@@ -140,8 +203,8 @@ class Streamer:
 
     def sweep(self) -> None:
         """Acquire every group once, in order, computing nothing: what I/O alone takes."""
-        for group in range(len(self.groups)):
-            self.engine.acquire(group + 1, self.arena(group))
+        for number in (*range(1, len(self.groups) + 1), *self._tile_range):
+            self.engine.acquire(number, self._arenas[self._arena_of[number]])
         self.engine.end_pass()
 
     def stats(self) -> Stats:
@@ -161,6 +224,9 @@ class Streamer:
 
     def close(self) -> None:
         """Stop loading and close the files. May be called twice."""
+        self.is_closed = True
+        for thing in self._by_rows:
+            forget(thing)
         self.engine.close()
 
     # -- setting up --------------------------------------------------------------------------
@@ -191,7 +257,12 @@ class Streamer:
                 arena_of[number] = ring_index[ring]
                 continue
             arena_of[number] = len(arenas) - 1
-        return arenas, [arena_of[number] for number in range(len(self.groups) + 1)]
+        first = len(arenas)
+        tile_arenas = _tile_arena_bytes(self._everything[len(self.groups) + 1 :])
+        arenas += [_allocate(nbytes, 0) for nbytes in tile_arenas]
+        for index, number in enumerate(self._tile_range):
+            arena_of[number] = first + index % len(tile_arenas)
+        return arenas, [arena_of[number] for number in range(len(self._everything))]
 
     def _prefault(self) -> None:
         nbytes = sum(file.stamp.size for file in self._checkpoint.files)
@@ -202,7 +273,8 @@ class Streamer:
         if wanted:
             self.engine.prefault(background=True)
 
-    def _verify(self, everything: Sequence[Group]) -> None:
+    def _verify(self) -> None:
+        everything = self._everything
         total = sum(group.file_bytes for group in everything)
         done = 0
 
@@ -229,6 +301,12 @@ class Streamer:
                 self.engine.wait(number)
             done += everything[number].nbytes
         self._progress("reading resident weights", total, total)
+
+
+def _tile_arena_bytes(tiles: Sequence[Group]) -> list[int]:
+    """Tiles take these arenas in turn."""
+    count = min(_TILE_ARENAS, len(tiles))
+    return [max(tile.nbytes for tile in tiles[index::count]) for index in range(count)]
 
 
 def _allocate(nbytes: int, phase: int) -> torch.Tensor:
@@ -268,6 +346,8 @@ def plan_groups(
     outside: Group,
     config: StreamConfig,
     mode: ReadMode | None = None,
+    *,
+    projections: Sequence[Entry] = (),
 ) -> Plan:
     """The plan for `config`; where something must stream, the disk's rate is measured first.
 
@@ -280,7 +360,8 @@ def plan_groups(
         budget = default_budget(available_bytes())
     sizes = [group.nbytes for group in groups]
     rates = Rates()
-    if outside.nbytes + sum(sizes) > budget:
+    tiles = [tile for entry in projections for tile in tiles_of(entry, config.tile_bytes)]
+    if tiles or outside.nbytes + sum(sizes) > budget:
         path = str(max(checkpoint.files, key=lambda file: file.stamp.size).path)
         rate = measure_read(path, mode, _RATE_PROBE_BYTES)["gbps"] * 1e9
         rates = Rates(disk_bytes_per_second=rate)
@@ -291,6 +372,8 @@ def plan_groups(
         config.lookahead,
         rates,
         in_flight_bytes=(mode.depth or _DEFAULT_DEPTH) * mode.chunk_bytes,
+        tiled_bytes=sum(tile.nbytes for tile in tiles),
+        tile_arena_bytes=sum(_tile_arena_bytes(tiles)),
     )
 
 

@@ -83,7 +83,7 @@ def source(tmp_path: Path) -> Source:
 
 
 def acquire(streamer: Streamer, group: int) -> None:
-    streamer.engine.acquire(streamer.number(group), streamer.arena(group))
+    streamer.engine.acquire(group + 1, streamer.arena(group))
 
 
 def holds(arena: torch.Tensor, group: Group, tensors: dict[str, torch.Tensor]) -> bool:

@@ -31,6 +31,9 @@ constexpr std::chrono::milliseconds kInterruptPoll{50};
 // A thread that holds a group this long, while another one waits for it, may be gone for good.
 constexpr std::chrono::seconds kHoldPatience{10};
 
+// Rows are small and far apart: a disk serves this many seeks at once nearly as fast as one.
+constexpr int kRowDepth = 8;
+
 constexpr const char* kOneThread =
     "One streamed model runs in one thread at a time; another thread began a pass in the middle of "
     "this one, whose weights may have been overwritten. Serialise the calls.";
@@ -123,6 +126,7 @@ void Engine::add_group(const GroupSpec& spec) {
   Group& group = groups_.emplace_back();
   group.arena = spec.arena;
   group.nbytes = spec.nbytes;
+  group.is_brief = spec.is_brief;
   const std::byte* base = arenas_[static_cast<size_t>(spec.arena)].memory.data;
   for (const Extent& extent : spec.extents) {
     const File& file = *files_[static_cast<size_t>(extent.file)];
@@ -191,9 +195,11 @@ void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
   check_arena(group, nbytes);
   const bool is_streamed = group_at(group).is_streamed;
   if (is_streamed) wait_for_holder(lock, group);
-  check_thread(group);
-  release_current(group);
-  current_ = group;
+  if (!group_at(group).is_brief) {
+    check_thread(group);
+    release_current(group);
+    current_ = group;
+  }
   if (is_streamed) order_.visit(group);
   has_begun_ |= is_streamed;
   Arena& home = arena_of(group);
@@ -379,14 +385,14 @@ void Engine::await(std::unique_lock<std::mutex>& lock, int group) {
       arena.group == group && (arena.state == State::kLoading || arena.state == State::kLanded);
   if (arena.group == group && arena.state == State::kLanded) {
     ++(group_at(group).is_streamed ? counters_.num_hits : counters_.num_resident_hits);
-    schedule();
+    schedule(group);
     return;
   }
   if (!was_expected) {
     if (arena.group != group) ++counters_.num_mispredicted;
     begin(arena, group);
   }
-  schedule();
+  schedule(group);
   ++counters_.num_waits;
   const Clock::time_point began = Clock::now();
   while (arena.state == State::kLoading && !is_closing_) {
@@ -402,11 +408,12 @@ void Engine::await(std::unique_lock<std::mutex>& lock, int group) {
   if (arena.state == State::kFailed) throw std::runtime_error(arena.error);
 }
 
-// What the I/O thread should work on, most urgent first: the group being waited for, residents not
-// yet read, then the groups that come next, as far as their arenas are free.
-void Engine::schedule() {
+// Most urgent first: the group being waited for, the one in use, residents not yet read, then the
+// groups that come next, as far as their arenas are free.
+void Engine::schedule(int urgent) {
   queue_.clear();
   ++num_schedules_;
+  if (urgent >= 0) want(urgent);
   if (current_ >= 0) want(current_);
   std::erase_if(residents_, [this](int group) { return arena_of(group).state == State::kLanded; });
   for (const int group : residents_) want(group);
@@ -481,6 +488,29 @@ uint64_t Engine::digest_of(int group) const {
   return hash.digest();
 }
 
+void Engine::read_rows(int file, const Table& table, std::span<const int64_t> rows,
+                       std::byte* out) {
+  {
+    const std::unique_lock lock = enter();
+    if (!is_index(file, files_.size()) || table.row_bytes <= 0 || table.num_rows < 0 ||
+        table.num_rows > std::numeric_limits<int64_t>::max() / table.row_bytes ||
+        !is_range(table.offset, table.num_rows * table.row_bytes,
+                  files_[static_cast<size_t>(file)]->size())) {
+      fail("EngineError", "A table lies inside a file; got ", table.num_rows, " rows of ",
+           table.row_bytes, " bytes at offset ", table.offset, " of file ", file, " of ",
+           files_.size(), ".");
+    }
+    if (rows_ == nullptr) {
+      auto reader = make_threads_reader(kRowDepth, options_.mode.trailing_drop);
+      if (options_.has_faults) {
+        reader = make_faulty_reader(std::move(reader), options_.faults, &fault_counts_);
+      }
+      rows_ = std::make_unique<RowReader>(std::move(reader));
+    }
+  }
+  rows_->read(*files_[static_cast<size_t>(file)], table, rows, out);
+}
+
 void Engine::prefault(bool background) {
   enter().unlock();
   if (prefault_thread_.joinable()) prefault_thread_.join();
@@ -522,6 +552,7 @@ std::string Engine::stats() const {
       refusal = concat("O_DIRECT is refused for ", file->path(), ": ", file->refusal());
     }
   }
+  const RowCounts rows = rows_ == nullptr ? RowCounts() : rows_->counts();
   JsonObject out;
   out.add("io_mode", rung_.io == "direct" && !is_direct ? "buffered" : rung_.io)
       .add("reader", rung_.reader == nullptr ? std::string() : rung_.reader->name())
@@ -550,6 +581,10 @@ std::string Engine::stats() const {
       .add("num_healed", c.num_healed)
       .add("num_dropped", c.num_dropped)
       .add("num_cloned", c.num_cloned)
+      .add("num_rows", rows.rows)
+      .add("num_row_reads", rows.reads)
+      .add("num_row_retries", rows.second)
+      .add("row_bytes_read", rows.bytes)
       .add("stall_seconds", static_cast<double>(c.stall_ns) * 1e-9)
       .add("busy_seconds", static_cast<double>(c.busy_ns) * 1e-9)
       .add("prefault_bytes", prefault_bytes_.load())

@@ -39,6 +39,7 @@
 #include "io/fault.h"
 #include "io/file.h"
 #include "io/ladder.h"
+#include "io/rows.h"
 #include "io/staging.h"
 #include "stream/load.h"
 #include "stream/order.h"
@@ -63,6 +64,7 @@ struct ArenaMemory {
 struct GroupSpec {
   int arena;
   int64_t nbytes;
+  bool is_brief;
   std::vector<Extent> extents;
 };
 
@@ -97,6 +99,8 @@ class Engine {
 
   // Reads a group past the engine and hashes it: the reference that landings are compared with.
   uint64_t digest_of(int group) const;
+  // Rows of a table in a file, past the arenas; see RowReader.
+  void read_rows(int file, const Table& table, std::span<const int64_t> rows, std::byte* out);
   // Brings every mapped page in, in the background or not.
   void prefault(bool background);
   // Bytes of a mapped file where they are, kept mapped as long as somebody holds them.
@@ -169,7 +173,8 @@ class Engine {
   void release_current(int next);
   void free_arena(Arena& arena, int group);
   void await(std::unique_lock<std::mutex>& lock, int group);
-  void schedule();
+  // What the I/O thread should work on, `urgent` first if it is a group.
+  void schedule(int urgent = -1);
   void want(int group);
   void begin(Arena& arena, int group);
   Group& group_at(int group) { return groups_[static_cast<size_t>(group)]; }
@@ -198,6 +203,7 @@ class Engine {
   Rung rung_;
   std::unique_ptr<Device> device_;
   std::unique_ptr<Staging> staging_;
+  std::unique_ptr<RowReader> rows_;  // made when the first row is asked for
   FaultCounts fault_counts_;
 
   mutable std::mutex mutex_;

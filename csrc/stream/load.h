@@ -17,6 +17,8 @@ struct Group {
   int64_t nbytes = 0;
   // Shares its arena with others; else it is resident.
   bool is_streamed = false;
+  // Used beside the group in use and given back at once: ends nobody's use.
+  bool is_brief = false;
   std::vector<Piece> pieces;
   std::vector<int> files;
   std::optional<uint64_t> digest;

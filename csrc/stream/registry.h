@@ -2,9 +2,9 @@
 //
 // Note [Group ids]
 // A graph names a group by one number that holds both, engine and group. It is a tensor there, not
-// an int, so that a model streamed anew (another budget, another checkpoint) runs the graph it was
-// compiled to. Engine numbers are never given out twice, and begin at random: a graph that was
-// saved and loaded into another process names no engine there by accident.
+// an int, so that a graph serves every engine it is given, with another budget or other files.
+// Engine numbers are never given out twice, and begin at random: a graph that was saved and loaded
+// into another process names no engine there by accident.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct GroupId {
   int group;
 };
 
-// Groups of one engine: 16 M, the experts of the largest models several times over.
+// 16 M groups in one engine.
 constexpr int kGroupBits = 24;
 
 constexpr GroupId unpack_group_id(int64_t id) {

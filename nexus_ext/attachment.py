@@ -1,0 +1,287 @@
+"""What a streamed model holds: which group is acquired now, and where each weight is then.
+
+Note [Where a streamed parameter is]
+A parameter that streams has no memory of its own. In `_parameters` stands a meta tensor: names,
+shapes and dtypes of `state_dict` and `repr` stay what they were, and no stale byte can be taken
+for a weight. While its group is acquired, reading the attribute gives a view of the arena; at any
+other time the meta tensor, whose use torch refuses.
+
+Note [Backward]
+autograd saves what backward will need, weights among it. What lies in an arena is not saved: its
+place is, and when backward asks, the group is acquired again. No weight outlives its turn, the
+engine sees backward as one more sequence of groups and prefetches it, and a block that is
+checkpointed comes through unharmed: hooks that were there before get every other tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nexus_ext import ops
+from nexus_ext.checkpoint import Group, Member
+from nexus_ext.errors import StreamError
+from nexus_ext.streamer import Streamer
+
+__all__ = ["Attachment", "GroupSlot", "StandIn", "StreamedTensor", "attachment_of", "views"]
+
+_autograd: Any = torch._C._autograd
+
+
+def _view(arena: torch.Tensor, member: Member) -> torch.Tensor:
+    raw = arena[member.offset : member.offset + member.nbytes]
+    return raw.view(member.dtype).view(member.shape)
+
+
+def views(group: Group, arena: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The members of a group as tensors over its arena, by name."""
+    return {member.name: _view(arena, member) for member in group.members}
+
+
+class StandIn(nn.Parameter):
+    """What stands in `_parameters` for a streamed weight: name, shape and dtype, but no bytes.
+
+    It says the device where the weight will be when its turn comes, because adapter libraries put
+    their own weights there; `is_meta` says what it is now, and torch refuses to compute with it.
+    """
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: torch.dtype) -> StandIn:
+        return cls(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cpu")
+
+
+class StreamedTensor:
+    """One streamed parameter: where it is in which arena, and a view made once for eager use."""
+
+    def __init__(self, slot: GroupSlot, member: Member) -> None:
+        self.slot = slot
+        self.begin = member.offset
+        self.end = member.offset + member.nbytes
+        self.dtype = member.dtype
+        self.shape = member.shape
+        self.view = _view(slot.arena, member)
+
+
+class GroupSlot:
+    """One block's group: its arena, its id, and whether it is acquired now.
+
+    The id is a 0-dim tensor: an int per block, or per engine, would compile every block anew.
+    """
+
+    def __init__(self, attachment: Attachment, index: int) -> None:
+        streamer = attachment.streamer
+        self.arena = streamer.arena(index)
+        self.id = streamer.group_id(index)
+        self.is_resident = streamer.is_resident(index)
+        self.life = attachment.life
+        self._address = self.arena.untyped_storage().data_ptr()
+
+    @property
+    def is_live(self) -> bool:
+        return self.is_resident or self.life.slot is self
+
+    def acquire(self, dep: torch.Tensor) -> None:
+        """Eager: wait for the group; what was read through the group before is over."""
+        if self.life.slot is not self:
+            self.life.end()
+        ops.acquire_(self.arena, dep, self.id)
+        self.life.slot = self
+
+    def acquire_compiled(self, dep: torch.Tensor) -> None:
+        """The same inside a graph. `life` is only written here: read, it would be a guard."""
+        self.life.slot = None
+        ops.native.acquire_.held(self.arena, dep, self.id)
+
+    def release_compiled(self, result: object) -> None:
+        """The end of the block. A compiler may move what nobody needs yet past the next block's
+        acquire, but not past this: it needs what the block made, and mutates what it read.
+        """
+        ops.native.release_(self.arena, _tensors_in(result), self.id)
+
+    def acquire_for_backward(self) -> None:
+        """See Note [Backward]."""
+        if self.is_live:
+            return
+        self.life.enter_backward()
+        self.acquire(self.id)
+
+    def places_saved(self) -> contextlib.AbstractContextManager[Any]:
+        """While this block runs forward, save places instead of weights; see Note [Backward]."""
+        outer = _autograd._top_saved_tensors_default_hooks(False)
+        keep, give = outer or (_keep, _give)
+
+        def pack(tensor: torch.Tensor) -> object:
+            is_weight = (
+                tensor.layout == torch.strided
+                and tensor.untyped_storage().data_ptr() == self._address
+            )
+            return _Place.of(self, tensor) if is_weight else keep(tensor)
+
+        def unpack(saved: Any) -> torch.Tensor:
+            return saved.fetch() if isinstance(saved, _Place) else give(saved)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _tensors_in(value: object) -> list[torch.Tensor]:
+    """The tensors of a block's result, through tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        return [tensor for item in value for tensor in _tensors_in(item)]
+    return []
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor that lies in an arena: which bytes, and as what."""
+
+    slot: GroupSlot
+    begin: int
+    end: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, slot: GroupSlot, tensor: torch.Tensor) -> _Place:
+        size, stride = tuple(tensor.shape), tensor.stride()
+        begin = int(tensor.storage_offset() * tensor.itemsize - slot.arena.storage_offset())
+        last = sum((extent - 1) * step for extent, step in zip(size, stride, strict=True))
+        end = begin + (int(last) + 1 if tensor.numel() else 0) * tensor.itemsize
+        return cls(slot, begin, end, tensor.dtype, size, stride)
+
+    def fetch(self) -> torch.Tensor:
+        self.slot.acquire_for_backward()
+        return (
+            self.slot.arena[self.begin : self.end]
+            .view(self.dtype)
+            .as_strided(self.size, self.stride)
+        )
+
+
+def _keep(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return tensor, tensor._version
+
+
+def _give(saved: tuple[torch.Tensor, int]) -> torch.Tensor:
+    """autograd leaves this check to the hooks, where there are any."""
+    tensor, version = saved
+    if tensor._version != version:
+        raise StreamError(
+            f"A tensor that backward needs must stay as it was; one of shape {list(tensor.shape)} "
+            f"was modified by an inplace operation (version {tensor._version}, saved at {version})."
+            " Work on a copy."
+        )
+    return tensor
+
+
+class _Life:
+    """Which group of a model is acquired now, as far as eager code knows."""
+
+    def __init__(self, streamer: Streamer) -> None:
+        self.slot: GroupSlot | None = None
+        self._streamer = streamer
+        self._backward = -1  # the last backward that was seen
+
+    def end(self) -> None:
+        """The arena will be refilled."""
+        before, self.slot = self.slot, None
+        if before is not None and not before.is_resident:
+            # Views that were not saved as places (a weight read outside its block) go stale now:
+            # let autograd refuse them instead of reading on.
+            torch.autograd.graph.increment_version(before.arena)
+
+    def enter_backward(self) -> None:
+        """When this backward is over, so is the use of the group that it acquired last."""
+        task = _graph_task()
+        if task not in (-1, self._backward):
+            self._backward = task
+            torch.autograd.Variable._execution_engine.queue_callback(self.end_pass)
+
+    def end_pass(self) -> None:
+        """The calling thread is through; raises ThreadConflict if another one interfered."""
+        self.end()
+        if not self._streamer.is_closed:
+            self._streamer.end_pass()
+
+
+def _graph_task() -> int:
+    """The backward that the calling thread is in; -1 outside."""
+    task: int = torch._C._current_graph_task_id()
+    return task
+
+
+class Attachment:
+    """What a streamed root holds: the streamer, the lock, and which group is live."""
+
+    def __init__(self, model: nn.Module, streamer: Streamer) -> None:
+        self.streamer = streamer
+        self.lock = threading.RLock()
+        self.life = _Life(streamer)
+        self._finalizer = weakref.finalize(model, streamer.close)
+        model.__dict__["_nexus"] = self
+
+    @property
+    def is_closed(self) -> bool:
+        return not self._finalizer.alive
+
+    @contextlib.contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """One thread, from the first group to the last."""
+        with self.lock:
+            try:
+                yield
+            finally:
+                self.life.end_pass()
+
+    def close(self) -> None:
+        self.life.end()
+        self._finalizer()
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """Raises StreamError when the model is not streamed."""
+    attachment = model.__dict__.get("_nexus")
+    if attachment is None:
+        raise StreamError(
+            f"This needs a streamed model; {type(model).__name__} is none. Use nexus_ext.stream() "
+            "or nexus_ext.from_pretrained() first."
+        )
+    return attachment  # type: ignore[no-any-return]
+
+
+Reader = Callable[[Any], torch.Tensor]
+
+
+def reading(name: str) -> Reader:
+    """How a module reads its parameter `name`; see Note [Where a streamed parameter is]."""
+
+    def read(self: Any) -> torch.Tensor:
+        tensor: StreamedTensor = self._nexus_tensors[name]
+        slot = tensor.slot
+        if torch.compiler.is_compiling():
+            raw = slot.arena[tensor.begin : tensor.end]
+            return raw.view(tensor.dtype).view(tensor.shape)
+        if slot.is_live:
+            return tensor.view
+        # A part of the block is computed once more, because it was checkpointed.
+        if _graph_task() != -1:
+            slot.acquire_for_backward()
+            return tensor.view
+        return self._parameters[name]  # type: ignore[no-any-return]
+
+    return read

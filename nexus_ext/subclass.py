@@ -1,0 +1,203 @@
+"""The classes of a streamed model: each module keeps its own, one subclass deeper, same name.
+
+block    forward() first acquires the block's group
+owner    `weight` and the like are read from the group's arena
+by rows  a Linear or an Embedding computes with weights that are read by rows
+root     forward() runs in one thread at a time
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from nexus_ext import ops
+from nexus_ext.attachment import Attachment, reading
+from nexus_ext.errors import StreamError
+
+__all__ = ["StreamedModule", "restore_all", "subclass_all"]
+
+M = Any  # a module: mypy cannot say "the same class, with one more base"
+
+
+class StreamedModule(nn.Module):
+    """What the root of a streamed model is, besides what it was."""
+
+    _nexus: Attachment
+
+    def __enter__(self) -> StreamedModule:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._nexus.close()
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Only where the model is already: weights live where they stream to."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None or (device is not None and device.type != "cpu"):
+            _refuse(self, "moved or converted")
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Only False: streamed weights are frozen. Unfreeze adapters by themselves."""
+        if requires_grad:
+            _refuse(self, "trained as a whole")
+        return super().requires_grad_(False)
+
+
+def _refuse(module: nn.Module, what: str) -> NoReturn:
+    raise StreamError(
+        f"A streamed model cannot be {what}: the weights of {type(module).__name__} are on disk. "
+        "Close it and stream it again as you need it."
+    )
+
+
+class _RowsLinear(nn.Linear):
+    """Stands where nn.Linear stood among the bases: a subclass's forward still comes first."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = input
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        elif x.dtype != self.weight.dtype:
+            raise StreamError(
+                f"A projection's input must have the dtype of its weight, {self.weight.dtype}, got "
+                f"{x.dtype}; convert the input."
+            )
+        result: torch.Tensor = ops.native.streamed_linear(
+            x, self.bias, self._nexus_row_id, self.out_features
+        )
+        return result
+
+
+class _RowsEmbedding(nn.Embedding):
+    """As `_RowsLinear`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = ops.native.streamed_embedding(
+            input, self._nexus_row_id, self.embedding_dim, self.weight.dtype
+        )
+        return result
+
+
+def subclass_all(model: nn.Module) -> None:
+    """Give every module that streams something, and the root, its class."""
+    for module in list(model.modules()):
+        own = module.__dict__
+        names = tuple(sorted(own.get("_nexus_tensors", ())))
+        is_block, is_by_rows = "_nexus_group" in own, "_nexus_row_id" in own
+        if names or is_block or is_by_rows or module is model:
+            kind: Any = type(module)  # a class can be a key; mypy sees nn.Module's __hash__ only
+            module.__class__ = _streamed_class(kind, names, is_block, is_by_rows, module is model)
+
+
+def restore_all(model: nn.Module) -> None:
+    """Give every module its own class back; parameters stay on meta."""
+    for module in model.modules():
+        for name in ("_nexus_tensors", "_nexus_group", "_nexus_row_id"):
+            module.__dict__.pop(name, None)
+        base = type(module).__dict__.get("_nexus_base")
+        if base is not None:
+            module.__class__ = base
+
+
+def _bases(base: type[nn.Module], is_by_rows: bool, is_root: bool) -> tuple[type[nn.Module], ...]:
+    bases: tuple[type[nn.Module], ...] = (base,)
+    if is_by_rows:
+        by_rows = _RowsLinear if issubclass(base, nn.Linear) else _RowsEmbedding
+        bases = (by_rows,) if issubclass(by_rows, base) else (base, by_rows)
+    return (StreamedModule, *bases) if is_root else bases
+
+
+@functools.cache
+def _streamed_class(
+    base: type[nn.Module], names: tuple[str, ...], is_block: bool, is_by_rows: bool, is_root: bool
+) -> type[nn.Module]:
+    """One class for all modules alike, so that identical blocks compile once."""
+    namespace: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_nexus_base": base,
+        "_apply": lambda self, *args, **kwargs: _refuse(self, "moved or converted"),
+        "_load_from_state_dict": lambda self, *args, **kwargs: _refuse(self, "loaded into"),
+        "__deepcopy__": lambda self, memo: _refuse(self, "copied"),
+        "__reduce_ex__": lambda self, protocol: _refuse(self, "pickled or copied"),
+    }
+    for name in names:
+        namespace[name] = property(reading(name))
+    if names:
+        namespace["register_parameter"] = _registering(base, names)
+    forward = base.forward
+    if is_block:
+        forward = _acquiring(forward)
+    if is_root:
+        forward = _serialised(forward)
+    if is_block or is_root:
+        namespace["forward"] = forward
+    return type(base.__name__, _bases(base, is_by_rows, is_root), namespace)
+
+
+def _registering(base: type[nn.Module], names: tuple[str, ...]) -> Callable[..., None]:
+    """nn.Module assigns parameters through here, past any property."""
+
+    def register_parameter(self: M, name: str, param: nn.Parameter | None) -> None:
+        if name in names:
+            raise StreamError(
+                f"A streamed parameter cannot be assigned; {name!r} of {type(self).__name__} is "
+                "read from the checkpoint. Change it there, or leave this block out of `groups`."
+            )
+        base.register_parameter(self, name, param)
+
+    return register_parameter
+
+
+def _acquiring(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def acquire_then_forward(self: M, *args: Any, **kwargs: Any) -> Any:
+        slot = self._nexus_group
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        # What the block computes from: acquire_ is ordered after it.
+        dep = tensors[0] if tensors else slot.id
+        if torch.compiler.is_compiling():
+            _refuse_gradients(self, tensors)
+            slot.acquire_compiled(dep)
+            result = forward(self, *args, **kwargs)
+            slot.release_compiled(result)
+            return result
+        slot.acquire(dep)
+        if slot.is_resident or not torch.is_grad_enabled():
+            return forward(self, *args, **kwargs)
+        with slot.places_saved():
+            return forward(self, *args, **kwargs)
+
+    return acquire_then_forward
+
+
+def _refuse_gradients(block: M, tensors: list[torch.Tensor]) -> None:
+    """A compiled backward would read an arena that was refilled meanwhile, and nothing would tell.
+
+    Eager code saves places instead: see `GroupSlot.places_saved`.
+    """
+    if not torch.is_grad_enabled() or block._nexus_group.is_resident:
+        return
+    if any(tensor.requires_grad for tensor in (*tensors, *block.parameters())):
+        raise StreamError(
+            "A compiled streamed block computes no gradients, and its input or a parameter of its "
+            "own requires one. Run it under torch.no_grad(), or do not compile it."
+        )
+
+
+def _serialised(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def forward_in_one_thread(self: M, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        with self._nexus.one_pass():
+            return forward(self, *args, **kwargs)
+
+    return forward_in_one_thread
