@@ -45,20 +45,46 @@ def views(group: Group, arena: torch.Tensor) -> dict[str, torch.Tensor]:
     return {member.name: _view(arena, member) for member in group.members}
 
 
+# What may be asked of a weight that has no bytes now. Everything else is refused: torch computes
+# with meta tensors beside real ones, and gives uninitialised memory (2.13, F.linear).
+_METADATA = frozenset(
+    "__get__ __set__ __hash__ __len__ __repr__ detach dim element_size is_complex "
+    "is_floating_point ndimension nelement numel requires_grad_ size storage_offset stride".split()
+)
+
+
 class StandIn(nn.Parameter):
     """What stands in `_parameters` for a streamed weight: name, shape and dtype, but no bytes.
 
-    It says the device where the weight will be when its turn comes, because adapter libraries put
-    their own weights there; `is_meta` says what it is now, and torch refuses to compute with it.
+    It is a meta tensor that refuses to be computed with. It says the device where the weight will
+    be when its turn comes, because adapter libraries put their own weights there.
     """
 
+    label = "a streamed weight"
+
     @classmethod
-    def of(cls, shape: tuple[int, ...], dtype: torch.dtype) -> StandIn:
-        return cls(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+    def of(cls, label: str, shape: tuple[int, ...], dtype: torch.dtype) -> StandIn:
+        made = cls(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+        made.label = label
+        return made
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return torch.device("cpu")
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.__name__ in _METADATA:
+            return torch.Tensor.__torch_function__.__func__(  # type: ignore[attr-defined]
+                cls, func, types, args, kwargs or {}
+            )
+        label = next((arg.label for arg in args if isinstance(arg, StandIn)), cls.label)
+        raise StreamError(
+            f"A streamed weight can be used while its block runs; {func.__name__} was asked for "
+            f"{label} at another time. Call the block, or leave it out of `groups`."
+        )
 
 
 class StreamedTensor:
@@ -79,7 +105,8 @@ class GroupSlot:
     The id is a 0-dim tensor: an int per block, or per engine, would compile every block anew.
     """
 
-    def __init__(self, attachment: Attachment, index: int) -> None:
+    def __init__(self, attachment: Attachment, block: nn.Module, index: int) -> None:
+        self._block = weakref.ref(block)
         streamer = attachment.streamer
         self.arena = streamer.arena(index)
         self.id = streamer.group_id(index)
@@ -109,6 +136,14 @@ class GroupSlot:
         """
         ops.native.release_(self.arena, _tensors_in(result), self.id)
 
+    @torch._dynamo.assume_constant_result  # type: ignore[attr-defined, untyped-decorator]
+    def trains(self) -> bool:
+        """Whether the block holds parameters to be trained (adapters). A constant for dynamo, which
+        guards on their requires_grad anyway: they are inputs of the graph.
+        """
+        block = self._block()
+        return block is not None and any(p.requires_grad for p in block.parameters())
+
     def acquire_for_backward(self) -> None:
         """See Note [Backward]."""
         if self.is_live:
@@ -116,6 +151,7 @@ class GroupSlot:
         self.life.enter_backward()
         self.acquire(self.id)
 
+    @torch.compiler.disable
     def places_saved(self) -> contextlib.AbstractContextManager[Any]:
         """While this block runs forward, save places instead of weights; see Note [Backward]."""
         outer = _autograd._top_saved_tensors_default_hooks(False)

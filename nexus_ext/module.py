@@ -173,7 +173,7 @@ def _attach(layout: Layout, streamer: Streamer) -> None:
     _place_outside(layout, streamer)
     _place_by_rows(layout, streamer)
     for index, ((_, block), names) in enumerate(zip(layout.blocks, layout.grouped, strict=True)):
-        slot = GroupSlot(attachment, index)
+        slot = GroupSlot(attachment, block, index)
         _place_group(layout, slot, layout.groups[index], names)
         block.__dict__["_nexus_group"] = slot
     subclass_all(layout.model)
@@ -199,7 +199,9 @@ def _place_by_rows(layout: Layout, streamer: Streamer) -> None:
         is_linear = isinstance(module, nn.Linear)
         ids = streamer.projection_ids if is_linear else streamer.table_ids
         module.__dict__["_nexus_row_id"] = ids[entry.name]
-        stand_in = stand_ins.setdefault(entry.name, StandIn.of(entry.shape, entry.dtype))
+        stand_in = stand_ins.setdefault(
+            entry.name, StandIn.of(entry.name, entry.shape, entry.dtype)
+        )
         module._parameters["weight"] = stand_in
 
 
@@ -211,7 +213,7 @@ def _place_group(layout: Layout, slot: GroupSlot, group: Group, names: set[str])
         streamed = StreamedTensor(slot, members[layout.source[name]])
         # As outside: tied before, tied after.
         key = id(layout.tensors[name])
-        stand_in = StandIn.of(streamed.shape, streamed.dtype)
+        stand_in = StandIn.of(name, streamed.shape, streamed.dtype)
         owner._parameters[leaf] = stand_ins.setdefault(key, stand_in)
         owner.__dict__.setdefault("_nexus_tensors", {})[leaf] = streamed
 

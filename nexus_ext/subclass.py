@@ -183,9 +183,10 @@ def _refuse_gradients(block: M, tensors: list[torch.Tensor]) -> None:
 
     Eager code saves places instead: see `GroupSlot.places_saved`.
     """
-    if not torch.is_grad_enabled() or block._nexus_group.is_resident:
+    slot = block._nexus_group
+    if not torch.is_grad_enabled() or slot.is_resident:
         return
-    if any(tensor.requires_grad for tensor in (*tensors, *block.parameters())):
+    if slot.trains() or any(tensor.requires_grad for tensor in tensors):
         raise StreamError(
             "A compiled streamed block computes no gradients, and its input or a parameter of its "
             "own requires one. Run it under torch.no_grad(), or do not compile it."

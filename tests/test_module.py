@@ -546,8 +546,38 @@ def test_a_weight_outside_its_acquisition_is_a_meta_tensor(net: Net, streamed: A
     streamed(X)
     assert all(is_meta())
     assert seen == [[other != one for other in range(NUM_BLOCKS)] for one in range(NUM_BLOCKS)]
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        streamed.layers[0].a.weight @ X[0]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda weight: weight @ X[0],
+        lambda weight: X @ weight,
+        lambda weight: torch.nn.functional.linear(X, weight),
+        lambda weight: weight.detach() + 1,
+        lambda weight: weight.data.sum().item(),
+        lambda weight: weight.T.contiguous(),
+        lambda weight: weight.cpu(),
+        lambda weight: weight.tolist(),
+        lambda weight: torch.equal(weight, weight),
+    ],
+)
+def test_a_weight_cannot_be_used_outside_its_acquisition(
+    streamed: Any, use: Callable[[torch.Tensor], object]
+) -> None:
+    for tensor in (streamed.layers[0].a.weight, streamed.state_dict()["layers.0.a.weight"]):
+        with pytest.raises(StreamError, match="can be used while its block runs"):
+            use(tensor)
+
+
+def test_a_weight_tells_its_kind_at_any_time(net: Net, streamed: Any) -> None:
+    weight, want = streamed.layers[0].a.weight, net.layers[0].a.weight
+    for tensor in (weight, weight.data, weight.detach()):
+        assert (tensor.shape, tensor.dtype, tensor.device) == (want.shape, want.dtype, want.device)
+        assert (tensor.numel(), tensor.dim(), tensor.stride()) == (want.numel(), 2, want.stride())
+        assert tensor.is_meta
+        assert "size=(64, 64)" in repr(tensor)
+    assert isinstance(weight, nn.Parameter)
 
 
 def test_assigning_a_streamed_weight_is_refused_and_changes_nothing(

@@ -496,10 +496,8 @@ def test_without_fullgraph_what_wants_a_gradient_is_run_eagerly(pair: Pair, is_w
     if not is_whole:
         compile_blocks(pair.streamed, "aot_eager", fullgraph=False)
         run = pair.streamed
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        gradient(run)
-    want = gradient(pair.resident.blocks[2])
-    assert torch.allclose(gradient(pair.streamed.blocks[2]), want, atol=1e-5)
+    for _ in range(3):
+        assert torch.allclose(gradient(run), gradient(pair.resident), atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -206,12 +206,17 @@ void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
   const bool is_clone = arena != home.memory.data;
   if (is_clone) distrust_clone(home, group_at(group));
   // Readers of what was held here are ordered before this call: both say that they use the arena.
-  home.is_held = false;
-  home.acquired_generation.reset();
-  await(lock, group);
-  home.acquired_generation = home.generation;
+  // It is held while the bytes come, too: another thread would give it another group meanwhile.
   home.is_held = hold && is_streamed;
   home.holder = std::this_thread::get_id();
+  home.acquired_generation.reset();
+  try {
+    await(lock, group);
+  } catch (...) {
+    home.is_held = false;
+    throw;
+  }
+  home.acquired_generation = home.generation;
   if (!is_clone) return;
   ++counters_.num_cloned;
   device_->copy(arena, home.memory.data, group_at(group).nbytes);
@@ -385,35 +390,39 @@ void Engine::await(std::unique_lock<std::mutex>& lock, int group) {
       arena.group == group && (arena.state == State::kLoading || arena.state == State::kLanded);
   if (arena.group == group && arena.state == State::kLanded) {
     ++(group_at(group).is_streamed ? counters_.num_hits : counters_.num_resident_hits);
-    schedule(group);
+    schedule();
     return;
   }
   if (!was_expected) {
     if (arena.group != group) ++counters_.num_mispredicted;
     begin(arena, group);
   }
-  schedule(group);
+  awaited_.push_back(group);
+  schedule();
   ++counters_.num_waits;
   const Clock::time_point began = Clock::now();
-  while (arena.state == State::kLoading && !is_closing_) {
+  bool gives_up = false;
+  while (arena.group == group && arena.state == State::kLoading && !is_closing_ && !gives_up) {
     if (landed_.wait_for(lock, kInterruptPoll) != std::cv_status::timeout) continue;
     lock.unlock();
-    const bool gives_up = interrupted();
+    gives_up = interrupted();
     lock.lock();
-    if (gives_up) fail("Interrupted", "interrupted while waiting for group ", group);
   }
+  awaited_.erase(std::find(awaited_.begin(), awaited_.end(), group));
   counters_.stall_ns += since_ns(began);
   check_usable();
+  if (gives_up) fail("Interrupted", "interrupted while waiting for group ", group);
+  if (arena.group != group) fail("ThreadConflict", kOneThread);
   // The arena stays failed: asking again reads again.
   if (arena.state == State::kFailed) throw std::runtime_error(arena.error);
 }
 
-// Most urgent first: the group being waited for, the one in use, residents not yet read, then the
+// Most urgent first: the groups being waited for, the one in use, residents not yet read, then the
 // groups that come next, as far as their arenas are free.
-void Engine::schedule(int urgent) {
+void Engine::schedule() {
   queue_.clear();
   ++num_schedules_;
-  if (urgent >= 0) want(urgent);
+  for (const int group : awaited_) want(group);
   if (current_ >= 0) want(current_);
   std::erase_if(residents_, [this](int group) { return arena_of(group).state == State::kLanded; });
   for (const int group : residents_) want(group);
@@ -435,7 +444,8 @@ void Engine::want(int group) {
   if (claims_[index] == num_schedules_) return;
   claims_[index] = num_schedules_;
   Arena& arena = arenas_[index];
-  if (arena.is_held || (arena.is_cloned && group != current_)) return;
+  if (arena.is_held && arena.group != group) return;
+  if (arena.is_cloned && std::ranges::find(awaited_, group) == awaited_.end()) return;
   // A group that failed is read again when it is asked for, and not before.
   const bool has_failed = arena.group == group && arena.state == State::kFailed;
   const bool is_there = arena.group == group && arena.state != State::kEmpty;

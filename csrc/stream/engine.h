@@ -173,8 +173,7 @@ class Engine {
   void release_current(int next);
   void free_arena(Arena& arena, int group);
   void await(std::unique_lock<std::mutex>& lock, int group);
-  // What the I/O thread should work on, `urgent` first if it is a group.
-  void schedule(int urgent = -1);
+  void schedule();
   void want(int group);
   void begin(Arena& arena, int group);
   Group& group_at(int group) { return groups_[static_cast<size_t>(group)]; }
@@ -215,6 +214,7 @@ class Engine {
   int lookahead_ = 0;
   Verify verify_ = Verify::kOff;
   std::vector<Chunk> chunks_;
+  std::vector<int> awaited_;      // by threads in await()
   std::vector<int> residents_;    // not yet known to have landed
   std::vector<size_t> queue_;     // arenas with pieces to issue, in order of need
   std::vector<uint64_t> claims_;  // by arena: the schedule() that last spoke for it
