@@ -69,11 +69,11 @@ void acquire_(const Tensor& arena, const Tensor&, const Tensor& group_id) {
   acquire_group(arena, group_id, false);
 }
 
-void acquire_held_(const Tensor& arena, const Tensor&, const Tensor& group_id) {
+void acquire_held_(const Tensor& arena, const Tensor&, const Tensor&, const Tensor& group_id) {
   acquire_group(arena, group_id, true);
 }
 
-void release_(const Tensor&, std::vector<Tensor>, const Tensor& group_id) {
+void release_(const Tensor&, const Tensor&, std::vector<Tensor>, const Tensor& group_id) {
   const GroupId id = group_id_of(group_id);
   find_engine(id.engine)->release(id.group);
 }
@@ -217,10 +217,12 @@ STABLE_TORCH_LIBRARY(nexus, m) {
 
   // The same, but the arena stays as it is until release_, however many groups are acquired
   // meanwhile: for compiled code, whose readers need not run before the next group's acquire_.
-  m.def("acquire_.held(Tensor(a!) arena, Tensor dep, Tensor group_id) -> ()");
+  // `turn` is one byte per model, and nobody's data: both ops say that they mutate it, so that no
+  // compiler changes their order, though arenas that share memory look like different tensors.
+  m.def("acquire_.held(Tensor(a!) arena, Tensor(b!) turn, Tensor dep, Tensor group_id) -> ()");
   // Every reader of the held group has run: the arena may be refilled, and is said to be mutated.
   // `deps` are what the readers made: computed before, they need no copy of the arena.
-  m.def("release_(Tensor(a!) arena, Tensor[] deps, Tensor group_id) -> ()");
+  m.def("release_(Tensor(a!) arena, Tensor(b!) turn, Tensor[] deps, Tensor group_id) -> ()");
 
   // Pure: functions of their inputs and of the checkpoint. Kernels and gradients:
   // nexus_ext/rows.py. x [..., in] @ W[out, in]^T + bias; W is read in tiles of rows.

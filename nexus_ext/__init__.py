@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.errors import NexusError
-from nexus_ext.module import close, plan_of, stats, stream
+from nexus_ext.export import export, load_package
+from nexus_ext.module import close, plan_of, stats, stream, stream_all
 from nexus_ext.plan import Plan
 from nexus_ext.pretrained import from_pretrained
 from nexus_ext.profiling import Stats
@@ -27,8 +28,11 @@ __all__ = [
     "Stats",
     "StreamedModule",
     "close",
+    "export",
     "from_pretrained",
+    "load_package",
     "plan_of",
     "stats",
     "stream",
+    "stream_all",
 ]

@@ -99,6 +99,15 @@ class StreamedTensor:
         self.view = _view(slot.arena, member)
 
 
+def _own_tensor(arena: torch.Tensor) -> torch.Tensor:
+    """The same memory under a storage of its own.
+
+    Which groups share an arena depends on budget and lookahead. A graph that saw it would have to
+    be compiled anew for each; `turn` orders what aliasing would (see csrc/library.cpp).
+    """
+    return torch.utils.dlpack.from_dlpack(arena)
+
+
 class GroupSlot:
     """One block's group: its arena, its id, and whether it is acquired now.
 
@@ -108,7 +117,8 @@ class GroupSlot:
     def __init__(self, attachment: Attachment, block: nn.Module, index: int) -> None:
         self._block = weakref.ref(block)
         streamer = attachment.streamer
-        self.arena = streamer.arena(index)
+        self.arena = _own_tensor(streamer.arena(index)[: streamer.groups[index].nbytes])
+        self.turn = attachment.turn
         self.id = streamer.group_id(index)
         self.is_resident = streamer.is_resident(index)
         self.life = attachment.life
@@ -128,15 +138,15 @@ class GroupSlot:
     def acquire_compiled(self, dep: torch.Tensor) -> None:
         """The same inside a graph. `life` is only written here: read, it would be a guard."""
         self.life.slot = None
-        ops.native.acquire_.held(self.arena, dep, self.id)
+        ops.native.acquire_.held(self.arena, self.turn, dep, self.id)
 
     def release_compiled(self, result: object) -> None:
         """The end of the block. A compiler may move what nobody needs yet past the next block's
         acquire, but not past this: it needs what the block made, and mutates what it read.
         """
-        ops.native.release_(self.arena, _tensors_in(result), self.id)
+        ops.native.release_(self.arena, self.turn, _tensors_in(result), self.id)
 
-    @torch._dynamo.assume_constant_result  # type: ignore[attr-defined, untyped-decorator]
+    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
     def trains(self) -> bool:
         """Whether the block holds parameters to be trained (adapters). A constant for dynamo, which
         guards on their requires_grad anyway: they are inputs of the graph.
@@ -151,7 +161,7 @@ class GroupSlot:
         self.life.enter_backward()
         self.acquire(self.id)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def places_saved(self) -> contextlib.AbstractContextManager[Any]:
         """While this block runs forward, save places instead of weights; see Note [Backward]."""
         outer = _autograd._top_saved_tensors_default_hooks(False)
@@ -267,6 +277,7 @@ class Attachment:
     def __init__(self, model: nn.Module, streamer: Streamer) -> None:
         self.streamer = streamer
         self.lock = threading.RLock()
+        self.turn = torch.zeros(1, dtype=torch.uint8)
         self.life = _Life(streamer)
         self._finalizer = weakref.finalize(model, streamer.close)
         model.__dict__["_nexus"] = self

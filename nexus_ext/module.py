@@ -26,12 +26,16 @@ from nexus_ext.config import StreamConfig
 from nexus_ext.engine import Faults
 from nexus_ext.errors import ConfigError, StreamError
 from nexus_ext.layout import Layout, lay_out
-from nexus_ext.plan import Plan
+from nexus_ext.memory import available_bytes, default_budget
+from nexus_ext.plan import Plan, divide_budget
 from nexus_ext.profiling import Stats
-from nexus_ext.streamer import Progress, Streamer
+from nexus_ext.streamer import Progress, Streamer, plan_groups
 from nexus_ext.subclass import restore_all, subclass_all
 
-__all__ = ["close", "plan_of", "stats", "stream"]
+__all__ = ["close", "plan_of", "stats", "stream", "stream_all"]
+
+# More than any checkpoint needs besides its own bytes: padding, arenas of tiles.
+_ROOMY = 1 << 30
 
 
 def stream(
@@ -102,6 +106,64 @@ def stream(
         )
         _attach(layout, streamer)
     return model
+
+
+def stream_all(
+    models: Iterable[tuple[nn.Module, str | os.PathLike[str] | Checkpoint, dict[str, Any]]],
+    *,
+    budget: str | int = "auto",
+    **options: Any,
+) -> list[nn.Module]:
+    """Stream several models in one process under one budget, a pipeline's for example.
+
+    Each model gets what it cannot do without; of the rest, all get the same share of what would
+    make them resident.
+
+    Args:
+        models: (model, checkpoint, options of `stream` for this model alone) each.
+        budget: Bytes of device memory for the weights of all of them.
+        **options: Options of `stream` for all of them.
+
+    Returns:
+        The models, changed in place. If one cannot be streamed, none is left streaming.
+
+    Raises:
+        BudgetError: The budget is too small for all of them together; names the smallest that
+            works.
+        NexusError: As `stream`.
+    """
+    requests = [(model, checkpoint, {**options, **own}) for model, checkpoint, own in models]
+    plans = [_whole_plan(*request) for request in requests]
+    total = StreamConfig.of(budget=budget).budget
+    total = default_budget(available_bytes()) if total == "auto" else total
+    streamed: list[nn.Module] = []
+    try:
+        for (model, checkpoint, own), share in zip(
+            requests, divide_budget(total, plans), strict=True
+        ):
+            streamed.append(stream(model, checkpoint, budget=share, **own))
+    except BaseException:
+        for model in streamed:
+            close(model)
+        raise
+    return streamed
+
+
+def _whole_plan(
+    model: nn.Module, checkpoint: str | os.PathLike[str] | Checkpoint, options: dict[str, Any]
+) -> Plan:
+    """The plan that keeps everything resident: what the model could use at most, and at least."""
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint.open(checkpoint)
+    about_layout = ("groups", "rename", "strict", "by_rows", "keep")
+    layout = lay_out(model, checkpoint, **{n: options[n] for n in about_layout if n in options})
+    config = StreamConfig.of(
+        budget=2 * checkpoint.nbytes + _ROOMY,
+        **{name: options[name] for name in options if name in StreamConfig.__annotations__},
+    )
+    return plan_groups(
+        checkpoint, layout.groups, layout.outside, config, projections=layout.projections
+    )
 
 
 def stats(model: nn.Module) -> Stats:

@@ -32,14 +32,22 @@ def _check_arena(arena: torch.Tensor) -> None:
 
 
 @torch.library.register_fake("nexus::acquire_")  # type: ignore[untyped-decorator]
-@torch.library.register_fake("nexus::acquire_.held")  # type: ignore[untyped-decorator]
 def _acquire_fake(arena: torch.Tensor, dep: torch.Tensor, group_id: torch.Tensor) -> None:
     _check_arena(arena)
-    _check(group_id.dtype == torch.int64 and group_id.dim() == 0)
+    _check(group_id.dtype == torch.int64 and group_id.numel() == 1)
+
+
+@torch.library.register_fake("nexus::acquire_.held")  # type: ignore[untyped-decorator]
+def _acquire_held_fake(
+    arena: torch.Tensor, turn: torch.Tensor, dep: torch.Tensor, group_id: torch.Tensor
+) -> None:
+    _acquire_fake(arena, dep, group_id)
 
 
 @torch.library.register_fake("nexus::release_")  # type: ignore[untyped-decorator]
-def _release_fake(arena: torch.Tensor, deps: list[torch.Tensor], group_id: torch.Tensor) -> None:
+def _release_fake(
+    arena: torch.Tensor, turn: torch.Tensor, deps: list[torch.Tensor], group_id: torch.Tensor
+) -> None:
     _check_arena(arena)
 
 

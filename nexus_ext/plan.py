@@ -18,7 +18,7 @@ from typing import Literal
 from nexus_ext.errors import BudgetError, ConfigError
 from nexus_ext.memory import format_bytes
 
-__all__ = ["Plan", "Rates", "make_plan", "predict_step"]
+__all__ = ["Plan", "Rates", "divide_budget", "make_plan", "predict_step"]
 
 # Deeper than this only costs: the link is full, and every arena takes the place of a resident.
 _DEEPEST_AUTO = 4
@@ -148,6 +148,32 @@ def make_plan(
     # Arenas that no two groups share would be better spent on residents: then go less deep.
     frugal = [plan for plan in fitting if len(plan.streamed) >= 2 * len(plan.arena_bytes)]
     return _predicted(replace((frugal or fitting[:1])[-1], minimum_bytes=minimum), rates)
+
+
+def divide_budget(budget_bytes: int, plans: Sequence[Plan]) -> list[int]:
+    """One budget for several models: each gets what it cannot do without, and of the rest the same
+    share of what it could use.
+
+    Args:
+        budget_bytes: For all of them together.
+        plans: With everything resident, one per model.
+
+    Raises:
+        BudgetError: The budget is smaller than what they cannot do without.
+    """
+    needed = sum(plan.minimum_bytes for plan in plans)
+    if needed > budget_bytes:
+        each = " + ".join(str(plan.minimum_bytes) for plan in plans)
+        raise BudgetError(
+            f"a budget for several models holds the smallest that works for each; got "
+            f"{budget_bytes} bytes, needed {needed} = {each}; give at least that "
+            f"({format_bytes(needed)}), or stream fewer models at a time"
+        )
+    useful = sum(plan.device_bytes - plan.minimum_bytes for plan in plans)
+    share = min(1.0, (budget_bytes - needed) / useful) if useful else 1.0
+    return [
+        plan.minimum_bytes + int(share * (plan.device_bytes - plan.minimum_bytes)) for plan in plans
+    ]
 
 
 def predict_step(

@@ -83,11 +83,11 @@ class TiledWeight:
                 else slice(end, end + len(tile.weight))
             )
             end = rows.start if backwards else rows.stop
-            ops.call(ops.native.acquire_.held, tile.arena, tile.id, tile.id)
+            ops.call(ops.native.acquire_.held, tile.arena, tile.id, tile.id, tile.id)
             try:
                 yield rows, tile.weight
             finally:
-                ops.call(ops.native.release_, tile.arena, [], tile.id)
+                ops.call(ops.native.release_, tile.arena, tile.id, [], tile.id)
 
 
 def _weight_in(arena: torch.Tensor, member: Member) -> torch.Tensor:

@@ -109,5 +109,5 @@ def test_opcheck_of_held_acquire_and_release(
     slot = streamed.blocks[0]._nexus_group
     dep = torch.randn(2, WIDTH, requires_grad=needs_grad)
     ops = torch.ops.nexus
-    torch.library.opcheck(ops.acquire_.held, (slot.arena, dep, slot.id))
-    torch.library.opcheck(ops.release_.default, (slot.arena, [dep], slot.id))
+    torch.library.opcheck(ops.acquire_.held, (slot.arena, slot.turn, dep, slot.id))
+    torch.library.opcheck(ops.release_.default, (slot.arena, slot.turn, [dep], slot.id))

@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "layout": {"blocks", "checkpoint", "errors"},
     "attachment": {"checkpoint", "errors", "ops", "streamer"},
     "subclass": {"attachment", "errors", "ops"},
+    "export": {"attachment", "errors"},
     "module": {
         "attachment",
         "checkpoint",
@@ -49,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
         "engine",
         "errors",
         "layout",
+        "memory",
         "plan",
         "profiling",
         "streamer",
@@ -65,7 +67,16 @@ ALLOWED: dict[str, set[str]] = {
         "plan",
         "streamer",
     },
-    "__init__": {"checkpoint", "errors", "module", "plan", "pretrained", "profiling", "subclass"},
+    "__init__": {
+        "checkpoint",
+        "errors",
+        "export",
+        "module",
+        "plan",
+        "pretrained",
+        "profiling",
+        "subclass",
+    },
 }
 # The command line and what it runs: they see everything below, and nobody below sees them.
 TOOLS = {"arms", "bench", "ceiling", "cli", "demo", "doctor", "limit"}

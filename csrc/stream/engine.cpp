@@ -344,11 +344,14 @@ void Engine::check_group(int group) const {
   }
 }
 
+// A group may know the whole arena that it shares, or its own part of it.
 void Engine::check_arena(int group, int64_t nbytes) const {
-  const int64_t wanted = arenas_[static_cast<size_t>(group_at(group).arena)].memory.nbytes;
-  if (nbytes != wanted) {
-    fail("EngineError", "acquire_ takes the arena that group ", group, " was attached with (",
-         wanted, " bytes), got a tensor of ", nbytes, " bytes.");
+  const int64_t own = group_at(group).nbytes;
+  const int64_t whole = arenas_[static_cast<size_t>(group_at(group).arena)].memory.nbytes;
+  if (nbytes != own && nbytes != whole) {
+    fail("EngineError", "acquire_ takes the arena of group ", group, " (", whole,
+         " bytes), or the group's part of it (", own, " bytes); got a tensor of ", nbytes,
+         " bytes.");
   }
 }
 
