@@ -48,8 +48,25 @@ def views(group: Group, arena: torch.Tensor) -> dict[str, torch.Tensor]:
 # What may be asked of a weight that has no bytes now. Everything else is refused: torch computes
 # with meta tensors beside real ones, and gives uninitialised memory (2.13, F.linear).
 _METADATA = frozenset(
-    "__get__ __set__ __hash__ __len__ __repr__ detach dim element_size is_complex "
-    "is_floating_point ndimension nelement numel requires_grad_ size storage_offset stride".split()
+    [
+        "__get__",
+        "__set__",
+        "__hash__",
+        "__len__",
+        "__repr__",
+        "detach",
+        "dim",
+        "element_size",
+        "is_complex",
+        "is_floating_point",
+        "ndimension",
+        "nelement",
+        "numel",
+        "requires_grad_",
+        "size",
+        "storage_offset",
+        "stride",
+    ]
 )
 
 

@@ -128,10 +128,12 @@ _known: dict[int, TiledWeight | RowTable] = {}
 
 
 def remember(thing: TiledWeight | RowTable) -> None:
+    """Let ops find it by its id, until `forget`."""
     _known[int(thing.id)] = thing
 
 
 def forget(thing: TiledWeight | RowTable) -> None:
+    """From now on its id names nothing; may be called twice."""
     _known.pop(int(thing.id), None)
 
 
