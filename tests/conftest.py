@@ -188,9 +188,7 @@ class Rig:
         torch.ops.nexus.acquire_.held(self.arena(group), torch.zeros(1), group_id, group_id)
 
     def release(self, group: int) -> None:
-        torch.ops.nexus.release_(
-            self.arena(group), torch.zeros(1), [], self.engine.group_id(group)
-        )
+        torch.ops.nexus.release_(self.arena(group), torch.zeros(1), [], self.engine.group_id(group))
 
     def num_wrong(self, group: int) -> int:
         """Bytes of the group's arena that are not the file's."""

@@ -374,7 +374,9 @@ def test_releasing_what_is_not_held_does_nothing(lab: Any) -> None:
     rig.release(0)
     assert rig.num_wrong(1) == 0
     with pytest.raises(EngineError, match=r"lies in \[0, 4\), got 4"):
-        ops.call(torch.ops.nexus.release_, rig.arenas[0], torch.zeros(1), [], rig.engine.group_id(4))
+        ops.call(
+            torch.ops.nexus.release_, rig.arenas[0], torch.zeros(1), [], rig.engine.group_id(4)
+        )
 
 
 # -- threads -----------------------------------------------------------------------------------

@@ -200,8 +200,7 @@ void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
     release_current(group);
     current_ = group;
   }
-  if (is_streamed) order_.visit(group);
-  has_begun_ |= is_streamed;
+  if (is_streamed) follow(group);
   Arena& home = arena_of(group);
   const bool is_clone = arena != home.memory.data;
   if (is_clone) distrust_clone(home, group_at(group));
@@ -220,6 +219,14 @@ void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
   if (!is_clone) return;
   ++counters_.num_cloned;
   device_->copy(arena, home.memory.data, group_at(group).nbytes);
+}
+
+// The order goes on with this group. ahead_ is what was expected when it was last looked at.
+void Engine::follow(int group) {
+  const bool is_next = !ahead_.empty() && ahead_.front() == group;
+  if (!is_next && !(has_begun_ && order_.is_last(group))) ++counters_.num_mispredicted;
+  has_begun_ = true;
+  order_.visit(group);
 }
 
 void Engine::release(int group) {
@@ -328,12 +335,11 @@ void Engine::wait_for_holder(std::unique_lock<std::mutex>& lock, int group) {
     if (Clock::now() - began < kHoldPatience) continue;
     arena.is_held = false;
     arena.robbed = arena.holder;
+    if (current_ >= 0 && &arena_of(current_) == &arena) current_ = -1;
     fail("ThreadConflict",
-         "One streamed model runs in one thread at a time; another thread has "
-         "held group ",
-         group, " for ", kHoldPatience.count(),
-         " s. Serialise the calls; the next "
-         "one takes the group.");
+         "One streamed model runs in one thread at a time; another thread has held the arena of "
+         "group ",
+         group, " for ", kHoldPatience.count(), " s. Serialise the calls; the next one takes it.");
   }
   check_usable();
 }
@@ -396,10 +402,7 @@ void Engine::await(std::unique_lock<std::mutex>& lock, int group) {
     schedule();
     return;
   }
-  if (!was_expected) {
-    if (arena.group != group) ++counters_.num_mispredicted;
-    begin(arena, group);
-  }
+  if (!was_expected) begin(arena, group);
   awaited_.push_back(group);
   schedule();
   ++counters_.num_waits;

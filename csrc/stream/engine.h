@@ -170,6 +170,7 @@ class Engine {
   void add_group(const GroupSpec& spec);
   void distrust_clone(Arena& arena, const Group& group);
   void open_reader();
+  void follow(int group);
   void release_current(int next);
   void free_arena(Arena& arena, int group);
   void await(std::unique_lock<std::mutex>& lock, int group);

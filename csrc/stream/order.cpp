@@ -21,7 +21,7 @@ Order::Order(std::vector<int> declared) : declared_(std::move(declared)) {
 }
 
 void Order::visit(int group) {
-  if (!history_.empty() && history_.back() == group) return;
+  if (is_last(group)) return;
   history_.push_back(group);
   if (num_kept_ == 0 || history_.size() < longest_) return;
   const auto forgotten = history_.begin() + static_cast<std::ptrdiff_t>(num_kept_);

@@ -21,6 +21,7 @@ class Order {
 
   // Each streamed group once, as declared.
   const std::vector<int>& declared() const { return declared_; }
+  bool is_last(int group) const { return !history_.empty() && history_.back() == group; }
   // A streamed group is in use now. Again the same one is no news.
   void visit(int group);
   // The next `count` different groups, most urgent first, other than the one in use.
