@@ -54,11 +54,15 @@ _METADATA = frozenset(
         "__hash__",
         "__len__",
         "__repr__",
+        "_is_view",
         "detach",
         "dim",
         "element_size",
         "is_complex",
+        "is_conj",
         "is_floating_point",
+        "is_inference",
+        "is_neg",
         "ndimension",
         "nelement",
         "numel",
@@ -66,6 +70,7 @@ _METADATA = frozenset(
         "size",
         "storage_offset",
         "stride",
+        "untyped_storage",
     ]
 )
 

@@ -7,7 +7,7 @@ which `load_package` exchanges for the arena, in this process or in a later one.
 
 from __future__ import annotations
 
-import inspect
+import functools
 import os
 from typing import Any
 
@@ -39,9 +39,8 @@ def export(
     Raises:
         StreamError: Not a block of a streamed model.
     """
-    shapes = _by_kind_of_argument(block, args, kwargs or {}, dynamic_shapes)
     with torch.no_grad():
-        return torch.export.export(_Exportable(block), args, kwargs, dynamic_shapes=shapes)
+        return torch.export.export(_Exportable(block), args, kwargs, dynamic_shapes=dynamic_shapes)
 
 
 def load_package(path: str | os.PathLike[str], block: nn.Module) -> Any:
@@ -69,22 +68,6 @@ def load_package(path: str | os.PathLike[str], block: nn.Module) -> Any:
         )
     package.load_constants(wanted, check_full_update=False, user_managed=True)
     return package
-
-
-def _by_kind_of_argument(
-    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
-) -> dict[str, Any] | None:
-    """The shapes of the block's arguments as those of (*args, **kwargs)."""
-    if shapes is None:
-        return None
-    positional = list(inspect.signature(block.forward).parameters)[: len(args)]
-    if not isinstance(shapes, dict):
-        shapes = dict(zip([*positional, *kwargs], shapes, strict=True))
-    kinds: dict[str, Any] = {
-        "args": tuple(shapes.get(name) for name in positional),
-        "kwargs": {name: shapes.get(name) for name in kwargs},
-    }
-    return {kind: entries for kind, entries in kinds.items() if entries}
 
 
 def _slot_of(block: nn.Module) -> GroupSlot:
@@ -116,10 +99,14 @@ class _Exportable(nn.Module):
         super().__init__()
         for name, tensor in _buffers_of(_slot_of(block)).items():
             self.register_buffer(name, tensor, persistent=False)
-        self.__dict__["_block"] = block
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        block: Any = self.__dict__["_block"]
+        @functools.wraps(block.forward)  # the names and defaults that dynamic_shapes goes by
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._run(block, *args, **kwargs)
+
+        self.forward = forward
+
+    def _run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         slot = _slot_of(block)
         own = slot.arena, slot.turn, slot.id
         # While it is traced, the buffers are what the tracer follows.
