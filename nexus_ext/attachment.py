@@ -144,23 +144,51 @@ class GroupSlot:
         self.id = streamer.group_id(index)
         self.is_resident = streamer.is_resident(index)
         self.life = attachment.life
+        self.is_open = False  # while it is traced
         self._address = self.arena.untyped_storage().data_ptr()
 
     @property
     def is_live(self) -> bool:
         return self.is_resident or self.life.slot is self
 
+    def enter(self, dep: torch.Tensor) -> GroupSlot | None:
+        """Eager: a forward that needs the group begins; returns whose forward it interrupts."""
+        outer, self.life.running = self.life.running, self
+        self.acquire(dep)
+        return outer
+
+    def leave(self, outer: GroupSlot | None) -> None:
+        """It is over. What was interrupted finds its bytes where they were."""
+        self.life.running = outer
+        if outer is not None and not outer.is_live:
+            outer.acquire(outer.id)
+
     def acquire(self, dep: torch.Tensor) -> None:
-        """Eager: wait for the group; what was read through the group before is over."""
+        """Wait for the group; what was read through the group before is over."""
         if self.life.slot is not self:
             self.life.end()
+        self.life.enter_backward()
         ops.acquire_(self.arena, dep, self.id)
         self.life.slot = self
 
     def acquire_compiled(self, dep: torch.Tensor) -> None:
-        """The same inside a graph. `life` is only written here: read, it would be a guard."""
+        """The same inside a graph, from here to `release_compiled`. What `life` says of eager code
+        is only written here: read, it would be a guard.
+        """
+        if self.life.num_open:
+            raise StreamError(
+                "A compiled block uses its own weights alone; one called a part of another. "
+                "Compile the blocks one by one, or leave these out of `groups`."
+            )
+        self.is_open = True
+        self.life.num_open = 1
         self.life.slot = None
         ops.native.acquire_.held(self.arena, self.turn, dep, self.id)
+
+    def close_compiled(self) -> None:
+        """The block's own code ends here."""
+        self.is_open = False
+        self.life.num_open = 0
 
     def release_compiled(self, result: object) -> None:
         """The end of the block. A compiler may move what nobody needs yet past the next block's
@@ -178,10 +206,8 @@ class GroupSlot:
 
     def acquire_for_backward(self) -> None:
         """See Note [Backward]."""
-        if self.is_live:
-            return
-        self.life.enter_backward()
-        self.acquire(self.id)
+        if not self.is_live:
+            self.acquire(self.id)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def places_saved(self) -> contextlib.AbstractContextManager[Any]:
@@ -262,6 +288,8 @@ class _Life:
 
     def __init__(self, streamer: Streamer) -> None:
         self.slot: GroupSlot | None = None
+        self.running: GroupSlot | None = None  # whose forward is under way
+        self.num_open = 0  # slots in a graph that is being traced
         self._streamer = streamer
         self._backward = -1  # the last backward that was seen
 

@@ -278,6 +278,7 @@ def _place_group(layout: Layout, slot: GroupSlot, group: Group, names: set[str])
         stand_in = StandIn.of(name, streamed.shape, streamed.dtype)
         owner._parameters[leaf] = stand_ins.setdefault(key, stand_in)
         owner.__dict__.setdefault("_nexus_tensors", {})[leaf] = streamed
+        owner.__dict__["_nexus_slot"] = slot
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nexus_ext import ops
-from nexus_ext.attachment import Attachment, reading
+from nexus_ext.attachment import Attachment, GroupSlot, reading
 from nexus_ext.errors import StreamError
 
 __all__ = ["StreamedModule", "restore_all", "subclass_all"]
@@ -98,7 +98,7 @@ def subclass_all(model: nn.Module) -> None:
 def restore_all(model: nn.Module) -> None:
     """Give every module its own class back; parameters stay on meta."""
     for module in model.modules():
-        for name in ("_nexus_tensors", "_nexus_group", "_nexus_row_id"):
+        for name in ("_nexus_tensors", "_nexus_slot", "_nexus_group", "_nexus_row_id"):
             module.__dict__.pop(name, None)
         base = type(module).__dict__.get("_nexus_base")
         if base is not None:
@@ -135,9 +135,11 @@ def _streamed_class(
     forward = base.forward
     if is_block:
         forward = _acquiring(forward)
+    elif names:
+        forward = _acquiring_if_needed(forward)
     if is_root:
         forward = _serialised(forward)
-    if is_block or is_root:
+    if forward is not base.forward:
         namespace["forward"] = forward
     return type(base.__name__, _bases(base, is_by_rows, is_root), namespace)
 
@@ -157,33 +159,62 @@ def _registering(base: type[nn.Module], names: tuple[str, ...]) -> Callable[...,
 
 
 def _acquiring(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward."""
+
     @functools.wraps(forward)
     def acquire_then_forward(self: M, *args: Any, **kwargs: Any) -> Any:
-        slot = self._nexus_group
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        # What the block computes from: acquire_ is ordered after it.
-        dep = tensors[0] if tensors else slot.id
-        if torch.compiler.is_compiling():
-            _refuse_gradients(self, tensors)
-            slot.acquire_compiled(dep)
-            result = forward(self, *args, **kwargs)
-            slot.release_compiled(result)
-            return result
-        slot.acquire(dep)
-        if slot.is_resident or not torch.is_grad_enabled():
-            return forward(self, *args, **kwargs)
-        with slot.places_saved():
-            return forward(self, *args, **kwargs)
+        return _with_group(self._nexus_group, forward, self, args, kwargs)
 
     return acquire_then_forward
 
 
-def _refuse_gradients(block: M, tensors: list[torch.Tensor]) -> None:
+def _acquiring_if_needed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a part of a block, which others than the block may call."""
+
+    @functools.wraps(forward)
+    def forward_at_any_time(self: M, *args: Any, **kwargs: Any) -> Any:
+        slot = self._nexus_slot
+        if slot.is_open if torch.compiler.is_compiling() else slot.is_live:
+            return forward(self, *args, **kwargs)
+        return _with_group(slot, forward, self, args, kwargs)
+
+    return forward_at_any_time
+
+
+def _with_group(
+    slot: GroupSlot,
+    forward: Callable[..., Any],
+    module: M,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    # What is computed from: acquire_ is ordered after it.
+    dep = tensors[0] if tensors else slot.id
+    if torch.compiler.is_compiling():
+        _refuse_gradients(slot, tensors)
+        slot.acquire_compiled(dep)
+        try:
+            result = forward(module, *args, **kwargs)
+        finally:
+            slot.close_compiled()
+        slot.release_compiled(result)
+        return result
+    outer = slot.enter(dep)
+    try:
+        if slot.is_resident or not torch.is_grad_enabled():
+            return forward(module, *args, **kwargs)
+        with slot.places_saved():
+            return forward(module, *args, **kwargs)
+    finally:
+        slot.leave(outer)
+
+
+def _refuse_gradients(slot: GroupSlot, tensors: list[torch.Tensor]) -> None:
     """A compiled backward would read an arena that was refilled meanwhile, and nothing would tell.
 
     Eager code saves places instead: see `GroupSlot.places_saved`.
     """
-    slot = block._nexus_group
     if not torch.is_grad_enabled() or slot.is_resident:
         return
     if slot.trains() or any(tensor.requires_grad for tensor in tensors):
