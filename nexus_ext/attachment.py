@@ -151,6 +151,15 @@ class GroupSlot:
     def is_live(self) -> bool:
         return self.is_resident or self.life.slot is self
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a part of the block may simply compute. Not if it is checkpointed by itself: its
+        weights would be saved by other hooks than ours.
+        """
+        if self.is_resident:
+            return True
+        return self.life.slot is self and (not torch.is_grad_enabled() or self.saves_places)
+
     def enter(self, dep: torch.Tensor) -> GroupSlot | None:
         """Eager: a forward that needs the group begins; returns whose forward it interrupts."""
         outer, self.life.running = self.life.running, self
@@ -212,8 +221,7 @@ class GroupSlot:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def places_saved(self) -> contextlib.AbstractContextManager[Any]:
         """While this block runs forward, save places instead of weights; see Note [Backward]."""
-        outer = _autograd._top_saved_tensors_default_hooks(False)
-        keep, give = outer or (_keep, _give)
+        keep, give = _autograd._top_saved_tensors_default_hooks(False) or (_keep, _give)
 
         def pack(tensor: torch.Tensor) -> object:
             is_weight = (
@@ -225,7 +233,14 @@ class GroupSlot:
         def unpack(saved: Any) -> torch.Tensor:
             return saved.fetch() if isinstance(saved, _Place) else give(saved)
 
+        pack.slot = self  # type: ignore[attr-defined]
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    @property
+    def saves_places(self) -> bool:
+        """Whether what is saved now goes through this slot's hooks first."""
+        top = _autograd._top_saved_tensors_default_hooks(False)
+        return top is not None and getattr(top[0], "slot", None) is self
 
 
 def _tensors_in(value: object) -> list[torch.Tensor]:

@@ -174,7 +174,7 @@ def _acquiring_if_needed(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def forward_at_any_time(self: M, *args: Any, **kwargs: Any) -> Any:
         slot = self._nexus_slot
-        if slot.is_open if torch.compiler.is_compiling() else slot.is_live:
+        if slot.is_open if torch.compiler.is_compiling() else slot.is_ready:
             return forward(self, *args, **kwargs)
         return _with_group(slot, forward, self, args, kwargs)
 
