@@ -26,7 +26,8 @@ def lay_out(
     keep: str | Iterable[str] = (),
 ) -> Layout:
     """Which tensors would form which group; changes nothing. Arguments and errors as `stream`."""
-    kept = _matching(model.named_parameters(remove_duplicate=False), keep, "keep", "a parameter")
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    kept = _matching(parameters, keep, "keep must name a parameter", parameters)
     tensors = {name: tensor for name, tensor in _named_tensors(model).items() if name not in kept}
     source = _match(tensors, checkpoint, rename or (lambda name: name), strict)
     _refuse_unfilled(model)
@@ -113,7 +114,12 @@ class Layout:
         self, patterns: str | Iterable[str], checkpoint: Checkpoint
     ) -> list[tuple[nn.Module, Entry]]:
         modules = dict(self.model.named_modules())
-        names = _matching(modules.items(), patterns, "by_rows", "a Linear or an Embedding")
+        names = _matching(
+            list(modules),
+            patterns,
+            "by_rows must name a Linear or an Embedding",
+            [name for name, module in modules.items() if _has_rows(module)],
+        )
         found = []
         for name in names:
             module = modules[name]
@@ -167,24 +173,27 @@ class Layout:
 
 
 def _matching(
-    named: Iterable[tuple[str, object]], patterns: str | Iterable[str], option: str, what: str
+    names: list[str], patterns: str | Iterable[str], rule: str, sensible: list[str]
 ) -> list[str]:
     """The names that fit one of the patterns; each must fit one at least."""
-    names = [name for name, _ in named]
     found: dict[str, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         fitting = fnmatch.filter(names, pattern)
         if not fitting:
             raise StreamError(
-                f"{option} must name {what}, or a pattern that fits some; got {pattern!r}, which "
-                f"fits none. There are: {_listed(names)}."
+                f"{rule}, or a pattern that fits some; got {pattern!r}, which fits none. There "
+                f"are: {_listed(sensible)}."
             )
         found |= dict.fromkeys(fitting)
     return list(found)
 
 
+def _has_rows(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding)
+
+
 def _check_readable_by_rows(name: str, module: nn.Module) -> None:
-    if not isinstance(module, nn.Linear | nn.Embedding):
+    if not _has_rows(module):
         raise StreamError(
             f"by_rows must name a Linear or an Embedding; {name!r} is a {type(module).__name__}. "
             "Leave it out, or make it a group."

@@ -132,16 +132,14 @@ def _streamed_class(
         namespace[name] = property(reading(name))
     if names:
         namespace["register_parameter"] = _registering(base, names)
-    forward = base.forward
+    made: Any = type(base.__name__, _bases(base, is_by_rows, is_root), namespace)
     if is_block:
-        forward = _acquiring(forward)
+        made.forward = _acquiring(made.forward)
     elif names:
-        forward = _acquiring_if_needed(forward)
+        made.forward = _acquiring_if_needed(made.forward)
     if is_root:
-        forward = _serialised(forward)
-    if forward is not base.forward:
-        namespace["forward"] = forward
-    return type(base.__name__, _bases(base, is_by_rows, is_root), namespace)
+        made.forward = _serialised(made.forward)
+    return made  # type: ignore[no-any-return]
 
 
 def _registering(base: type[nn.Module], names: tuple[str, ...]) -> Callable[..., None]:
