@@ -114,11 +114,16 @@ class StreamedTensor:
 
     def __init__(self, slot: GroupSlot, member: Member) -> None:
         self.slot = slot
-        self.begin = member.offset
-        self.end = member.offset + member.nbytes
-        self.dtype = member.dtype
-        self.shape = member.shape
+        self._member = member
         self.view = _view(slot.arena, member)
+
+    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+    def place(self) -> tuple[int, int, torch.dtype, tuple[int, ...]]:
+        """First and last byte in the arena, dtype, shape. Constants of a graph, guarded all at once
+        by `GroupSlot.layout`: one guard for each would cost more than the op that acquires.
+        """
+        member = self._member
+        return member.offset, member.offset + member.nbytes, member.dtype, member.shape
 
 
 def _own_tensor(arena: torch.Tensor) -> torch.Tensor:
@@ -145,6 +150,9 @@ class GroupSlot:
         self.is_resident = streamer.is_resident(index)
         self.life = attachment.life
         self.is_open = False  # while it is traced
+        # Which weight is where: a graph holds for every block that says the same. Set by whoever
+        # gives the weights their names.
+        self.layout = ""
         self._address = self.arena.untyped_storage().data_ptr()
 
     @property
@@ -160,31 +168,33 @@ class GroupSlot:
             return True
         return self.life.slot is self and (not torch.is_grad_enabled() or self.saves_places)
 
-    def enter(self, dep: torch.Tensor) -> GroupSlot | None:
+    def enter(self) -> GroupSlot | None:
         """Eager: a forward that needs the group begins; returns whose forward it interrupts."""
         outer, self.life.running = self.life.running, self
-        self.acquire(dep)
+        self.acquire()
         return outer
 
     def leave(self, outer: GroupSlot | None) -> None:
         """It is over. What was interrupted finds its bytes where they were."""
         self.life.running = outer
         if outer is not None and not outer.is_live:
-            outer.acquire(outer.id)
+            outer.acquire()
 
-    def acquire(self, dep: torch.Tensor) -> None:
-        """Wait for the group; what was read through the group before is over."""
+    def acquire(self) -> None:
+        """Wait for the group; what was read through the group before is over. Eager code runs in
+        order, and needs no `dep` (which may be a wrapper, under vmap for example).
+        """
         if self.life.slot is not self:
             self.life.end()
         self.life.enter_backward()
-        ops.acquire_(self.arena, dep, self.id)
+        ops.acquire_(self.arena, self.id, self.id)
         self.life.slot = self
 
     def acquire_compiled(self, dep: torch.Tensor) -> None:
         """The same inside a graph, from here to `release_compiled`. What `life` says of eager code
         is only written here: read, it would be a guard.
         """
-        if self.life.num_open:
+        if self.life.num_open or not self.layout:  # and so every graph is guarded by the layout
             raise StreamError(
                 "A compiled block uses its own weights alone; one called a part of another. "
                 "Compile the blocks one by one, or leave these out of `groups`."
@@ -216,7 +226,7 @@ class GroupSlot:
     def acquire_for_backward(self) -> None:
         """See Note [Backward]."""
         if not self.is_live:
-            self.acquire(self.id)
+            self.acquire()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def places_saved(self) -> contextlib.AbstractContextManager[Any]:
@@ -383,17 +393,21 @@ def reading(name: str) -> Reader:
     """How a module reads its parameter `name`; see Note [Where a streamed parameter is]."""
 
     def read(self: Any) -> torch.Tensor:
+        stand_in: torch.Tensor = self._parameters[name]
+        if not isinstance(stand_in, StandIn):
+            return stand_in  # put there for one call, by torch.func.functional_call
         tensor: StreamedTensor = self._nexus_tensors[name]
         slot = tensor.slot
         if torch.compiler.is_compiling():
-            raw = slot.arena[tensor.begin : tensor.end]
-            return raw.view(tensor.dtype).view(tensor.shape)
+            begin, end, dtype, shape = tensor.place()
+            weight: torch.Tensor = slot.arena[begin:end].view(dtype).view(shape)
+            return weight
         if slot.is_live:
             return tensor.view
         # A part of the block is computed once more, because it was checkpointed.
         if _graph_task() != -1:
             slot.acquire_for_backward()
             return tensor.view
-        return self._parameters[name]  # type: ignore[no-any-return]
+        return stand_in
 
     return read

@@ -21,7 +21,7 @@ from nexus_ext.attachment import (
     attachment_of,
     views,
 )
-from nexus_ext.checkpoint import Checkpoint, Group
+from nexus_ext.checkpoint import Checkpoint, Member
 from nexus_ext.config import StreamConfig
 from nexus_ext.engine import Faults
 from nexus_ext.errors import ConfigError, StreamError
@@ -234,9 +234,17 @@ def _attach(layout: Layout, streamer: Streamer) -> None:
     attachment = Attachment(layout.model, streamer)
     _place_outside(layout, streamer)
     _place_by_rows(layout, streamer)
-    for index, ((_, block), names) in enumerate(zip(layout.blocks, layout.grouped, strict=True)):
+    for index, ((path, block), names) in enumerate(zip(layout.blocks, layout.grouped, strict=True)):
         slot = GroupSlot(attachment, block, index)
-        _place_group(layout, slot, layout.groups[index], names)
+        members = {member.name: member for member in layout.groups[index].members}
+        placed = {name: members[layout.source[name]] for name in sorted(names)}
+        slot.layout = repr(
+            [
+                (name.removeprefix(path), member.offset, member.dtype, member.shape)
+                for name, member in placed.items()
+            ]
+        )
+        _place_group(layout, slot, placed)
         block.__dict__["_nexus_group"] = slot
     subclass_all(layout.model)
 
@@ -267,17 +275,15 @@ def _place_by_rows(layout: Layout, streamer: Streamer) -> None:
         module._parameters["weight"] = stand_in
 
 
-def _place_group(layout: Layout, slot: GroupSlot, group: Group, names: set[str]) -> None:
-    members = {member.name: member for member in group.members}
+def _place_group(layout: Layout, slot: GroupSlot, placed: dict[str, Member]) -> None:
     stand_ins: dict[int, StandIn] = {}
-    for name in sorted(names):
+    for name, member in placed.items():
         owner, leaf = _owner(layout.model, name)
-        streamed = StreamedTensor(slot, members[layout.source[name]])
         # As outside: tied before, tied after.
         key = id(layout.tensors[name])
-        stand_in = StandIn.of(name, streamed.shape, streamed.dtype)
+        stand_in = StandIn.of(name, member.shape, member.dtype)
         owner._parameters[leaf] = stand_ins.setdefault(key, stand_in)
-        owner.__dict__.setdefault("_nexus_tensors", {})[leaf] = streamed
+        owner.__dict__.setdefault("_nexus_tensors", {})[leaf] = StreamedTensor(slot, member)
         owner.__dict__["_nexus_slot"] = slot
 
 

@@ -186,19 +186,18 @@ def _with_group(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    # What is computed from: acquire_ is ordered after it.
-    dep = tensors[0] if tensors else slot.id
     if torch.compiler.is_compiling():
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         _refuse_gradients(slot, tensors)
-        slot.acquire_compiled(dep)
+        # What is computed from: acquire_ is ordered after it.
+        slot.acquire_compiled(tensors[0] if tensors else slot.id)
         try:
             result = forward(module, *args, **kwargs)
         finally:
             slot.close_compiled()
         slot.release_compiled(result)
         return result
-    outer = slot.enter(dep)
+    outer = slot.enter()
     try:
         if slot.is_resident or not torch.is_grad_enabled():
             return forward(module, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import aoti_compile_and_package
@@ -84,6 +86,46 @@ def test_another_ring_or_file_needs_no_other_graph(
                 assert torch.equal(run(X), want), options
     assert num_graphs() == before
     assert nexus.stats(pair.streamed).num_cloned == 0
+
+
+class Ordered(nn.Module):
+    """Two weights that look alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.second = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.first) @ self.second
+
+
+def test_a_graph_does_not_serve_weights_laid_out_in_another_order(tmp_path: Path) -> None:
+    plain = nn.Sequential(*(Ordered() for _ in range(5))).requires_grad_(False)
+    swapped = {"first": "y", "second": "x"}  # files are in the order of names
+    for folder, names in (("one", {}), ("two", swapped)):
+        (tmp_path / folder).mkdir()
+        tensors = {}
+        for name, tensor in plain.state_dict().items():
+            index, leaf = name.split(".")
+            tensors[f"{index}.{names.get(leaf, leaf)}"] = tensor.clone()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+
+    def rename(name: str) -> str:
+        index, leaf = name.split(".")
+        return f"{index}.{swapped[leaf]}"
+
+    model, budget = copy.deepcopy(plain), 3 * 2 * WIDTH * WIDTH * 4
+    for block in model:
+        block.compile(backend="eager", fullgraph=True)
+    places = []
+    for folder, how in (("one", None), ("two", rename), ("one", None)):
+        nexus.stream(model, tmp_path / folder, rename=how, budget=budget)
+        places.append(model[0]._nexus_tensors["first"].place()[0])
+        for _ in range(2):
+            assert torch.allclose(model(X), plain(X), rtol=1e-4)
+        nexus.close(model)
+    assert places == [0, WIDTH * WIDTH * 4, 0]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
