@@ -30,7 +30,7 @@ from nexus_ext.checkpoint import Group, Member
 from nexus_ext.errors import StreamError
 from nexus_ext.streamer import Streamer
 
-__all__ = ["Attachment", "GroupSlot", "StandIn", "StreamedTensor", "attachment_of", "views"]
+__all__ = ["Attachment", "GroupSlot", "StandIn", "attachment_of", "reading", "views"]
 
 _autograd: Any = torch._C._autograd
 
@@ -109,23 +109,6 @@ class StandIn(nn.Parameter):
         )
 
 
-class StreamedTensor:
-    """One streamed parameter: where it is in which arena, and a view made once for eager use."""
-
-    def __init__(self, slot: GroupSlot, member: Member) -> None:
-        self.slot = slot
-        self._member = member
-        self.view = _view(slot.arena, member)
-
-    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-    def place(self) -> tuple[int, int, torch.dtype, tuple[int, ...]]:
-        """First and last byte in the arena, dtype, shape. Constants of a graph, guarded all at once
-        by `GroupSlot.layout`: one guard for each would cost more than the op that acquires.
-        """
-        member = self._member
-        return member.offset, member.offset + member.nbytes, member.dtype, member.shape
-
-
 def _own_tensor(arena: torch.Tensor) -> torch.Tensor:
     """The same memory under a storage of its own.
 
@@ -141,7 +124,9 @@ class GroupSlot:
     The id is a 0-dim tensor: an int per block, or per engine, would compile every block anew.
     """
 
-    def __init__(self, attachment: Attachment, block: nn.Module, index: int) -> None:
+    def __init__(
+        self, attachment: Attachment, block: nn.Module, index: int, members: dict[str, Member]
+    ) -> None:
         self._block = weakref.ref(block)
         streamer = attachment.streamer
         self.arena = _own_tensor(streamer.arena(index)[: streamer.groups[index].nbytes])
@@ -150,14 +135,27 @@ class GroupSlot:
         self.is_resident = streamer.is_resident(index)
         self.life = attachment.life
         self.is_open = False  # while it is traced
-        # Which weight is where: a graph holds for every block that says the same. Set by whoever
-        # gives the weights their names.
-        self.layout = ""
+        # Which weight is where, by its name in the block, and the same as one text: a graph holds
+        # for every block that says the same.
+        self._members = members
+        self.layout = repr([(name, m.offset, m.dtype, m.shape) for name, m in members.items()])
         self._address = self.arena.untyped_storage().data_ptr()
 
     @property
     def is_live(self) -> bool:
         return self.is_resident or self.life.slot is self
+
+    def view(self, name: str) -> torch.Tensor:
+        """The weight of this name, over the arena."""
+        return _view(self.arena, self._members[name])
+
+    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+    def place(self, name: str) -> tuple[int, int, torch.dtype, tuple[int, ...]]:
+        """First and last byte in the arena, dtype, shape: constants of a graph, which is guarded
+        by `layout`. A guard for each would cost more than the op that acquires.
+        """
+        member = self._members[name]
+        return member.offset, member.offset + member.nbytes, member.dtype, member.shape
 
     @property
     def is_ready(self) -> bool:
@@ -394,20 +392,18 @@ def reading(name: str) -> Reader:
 
     def read(self: Any) -> torch.Tensor:
         stand_in: torch.Tensor = self._parameters[name]
-        if not isinstance(stand_in, StandIn):
+        if not isinstance(stand_in, StandIn) and not torch.compiler.is_exporting():
             return stand_in  # put there for one call, by torch.func.functional_call
-        tensor: StreamedTensor = self._nexus_tensors[name]
-        slot = tensor.slot
+        slot: GroupSlot = self._nexus_slot
         if torch.compiler.is_compiling():
-            begin, end, dtype, shape = tensor.place()
+            begin, end, dtype, shape = slot.place(f"{self._nexus_path}.{name}")
             weight: torch.Tensor = slot.arena[begin:end].view(dtype).view(shape)
             return weight
-        if slot.is_live:
-            return tensor.view
-        # A part of the block is computed once more, because it was checkpointed.
-        if _graph_task() != -1:
+        # A part of the block may be computed once more in backward, if it was checkpointed.
+        if not slot.is_live and _graph_task() != -1:
             slot.acquire_for_backward()
-            return tensor.view
+        if slot.is_live:
+            return self._nexus_tensors[name]  # type: ignore[no-any-return]
         return stand_in
 
     return read

@@ -17,7 +17,6 @@ from nexus_ext.attachment import (
     Attachment,
     GroupSlot,
     StandIn,
-    StreamedTensor,
     attachment_of,
     views,
 )
@@ -235,16 +234,10 @@ def _attach(layout: Layout, streamer: Streamer) -> None:
     _place_outside(layout, streamer)
     _place_by_rows(layout, streamer)
     for index, ((path, block), names) in enumerate(zip(layout.blocks, layout.grouped, strict=True)):
-        slot = GroupSlot(attachment, block, index)
         members = {member.name: member for member in layout.groups[index].members}
-        placed = {name: members[layout.source[name]] for name in sorted(names)}
-        slot.layout = repr(
-            [
-                (name.removeprefix(path), member.offset, member.dtype, member.shape)
-                for name, member in placed.items()
-            ]
-        )
-        _place_group(layout, slot, placed)
+        placed = {name.removeprefix(path): members[layout.source[name]] for name in sorted(names)}
+        slot = GroupSlot(attachment, block, index, placed)
+        _place_group(layout, slot, path, placed)
         block.__dict__["_nexus_group"] = slot
     subclass_all(layout.model)
 
@@ -275,16 +268,17 @@ def _place_by_rows(layout: Layout, streamer: Streamer) -> None:
         module._parameters["weight"] = stand_in
 
 
-def _place_group(layout: Layout, slot: GroupSlot, placed: dict[str, Member]) -> None:
+def _place_group(layout: Layout, slot: GroupSlot, path: str, placed: dict[str, Member]) -> None:
     stand_ins: dict[int, StandIn] = {}
     for name, member in placed.items():
-        owner, leaf = _owner(layout.model, name)
+        owner, leaf = _owner(layout.model, path + name)
         # As outside: tied before, tied after.
-        key = id(layout.tensors[name])
-        stand_in = StandIn.of(name, member.shape, member.dtype)
+        key = id(layout.tensors[path + name])
+        stand_in = StandIn.of(path + name, member.shape, member.dtype)
         owner._parameters[leaf] = stand_ins.setdefault(key, stand_in)
-        owner.__dict__.setdefault("_nexus_tensors", {})[leaf] = StreamedTensor(slot, member)
-        owner.__dict__["_nexus_slot"] = slot
+        own = owner.__dict__
+        own["_nexus_slot"], own["_nexus_path"] = slot, name.removesuffix(f".{leaf}")
+        own.setdefault("_nexus_tensors", {})[leaf] = slot.view(name)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -98,8 +98,8 @@ def subclass_all(model: nn.Module) -> None:
 def restore_all(model: nn.Module) -> None:
     """Give every module its own class back; parameters stay on meta."""
     for module in model.modules():
-        for name in ("_nexus_tensors", "_nexus_slot", "_nexus_group", "_nexus_row_id"):
-            module.__dict__.pop(name, None)
+        for name in [name for name in module.__dict__ if name.startswith("_nexus_")]:
+            del module.__dict__[name]
         base = type(module).__dict__.get("_nexus_base")
         if base is not None:
             module.__class__ = base

@@ -121,7 +121,7 @@ def test_a_graph_does_not_serve_weights_laid_out_in_another_order(tmp_path: Path
     places = []
     for folder, how in (("one", None), ("two", rename), ("one", None)):
         nexus.stream(model, tmp_path / folder, rename=how, budget=budget)
-        places.append(model[0]._nexus_tensors["first"].place()[0])
+        places.append(model[0]._nexus_group.place(".first")[0])
         for _ in range(2):
             assert torch.allclose(model(X), plain(X), rtol=1e-4)
         nexus.close(model)
