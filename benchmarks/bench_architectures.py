@@ -440,7 +440,7 @@ def main() -> None:
     cells: dict[str, dict[str, Cell]] = {}
     with torch.no_grad():
         for name in names:
-            with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+            with tempfile.TemporaryDirectory() as folder:
                 subject = Subject(ARCHITECTURES[name], Path(folder))
                 cells[name] = {column: measure(subject, column) for column in columns}
             print(name, *map(str, cells[name].values()), sep=" | ", file=sys.stderr, flush=True)

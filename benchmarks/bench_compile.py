@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         folder = Path(name)
         result = {
             "regional": regional(folder, 32),

@@ -35,6 +35,10 @@ Verify = Annotated[str, typer.Option(help="off, first or always.")]
 Prefault = Annotated[
     str | None, typer.Option(help="auto, on or off (mmap); default: NEXUS_PREFAULT or auto.")
 ]
+ByRows = Annotated[
+    list[str] | None,
+    typer.Option(help="A Linear or Embedding (or a pattern) to read by rows; may be repeated."),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.")]
 
 
@@ -58,12 +62,17 @@ def run(
     ram_budget: RamBudget = "auto",
     verify: Verify = "off",
     prefault: Prefault = None,
+    by_rows: ByRows = None,
+    compile_blocks: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks (torch.compile).")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
     json_file: JsonFile = None,
 ) -> None:
     """Generate text, streaming the weights."""
     import torch
 
+    from nexus_ext.blocks import find_blocks
     from nexus_ext.hub import locate
     from nexus_ext.module import close, stats
     from nexus_ext.pretrained import from_pretrained
@@ -79,8 +88,12 @@ def run(
             ram_budget=ram_budget,
             verify=verify,
             prefault=prefault,
+            by_rows=by_rows or (),
             progress=progress,
         )
+    if compile_blocks:
+        for _, block in find_blocks(streamed, None):
+            block.compile()
     inputs = tokenizer(prompt, return_tensors="pt")
     began = time.perf_counter()
     with torch.inference_mode(), err.status("generating"):
@@ -151,12 +164,13 @@ def plan(
     model: Model,
     budget: Budget = "auto",
     lookahead: Lookahead = "auto",
+    by_rows: ByRows = None,
     json_file: JsonFile = None,
 ) -> None:
     """Show what would stay, what would stream, and the step that predicts. Reads no weights."""
     from nexus_ext.pretrained import plan_pretrained
 
-    made = plan_pretrained(model, budget=budget, lookahead=lookahead)
+    made = plan_pretrained(model, budget=budget, lookahead=lookahead, by_rows=by_rows or ())
     out.print(made.describe(), markup=False, highlight=False)
     fields = dict(made.__dict__)
     _write(json_file, fields | {"device_bytes": made.device_bytes})

@@ -323,13 +323,14 @@ def _predicted(plan: Plan, rates: Rates) -> Plan:
 
 
 def _too_small(needed: Plan, minimum: int) -> BudgetError:
+    tiles = f" + tiles {needed.tile_arena_bytes}" if needed.tile_arena_bytes else ""
     return BudgetError(
         "a budget holds the weights outside the groups, the residents and lookahead + 1 arenas; "
         f"got {needed.budget_bytes} bytes, needed {needed.device_bytes} = "
         f"outside {needed.outside_bytes} + resident {needed.resident_bytes} + "
         f"{len(needed.arena_bytes)} arenas {sum(needed.arena_bytes)} (lookahead "
-        f"{needed.lookahead}) + tiles {needed.tile_arena_bytes}; give at least that; the smallest "
-        f"budget that works is {minimum} bytes ({format_bytes(minimum)}) with lookahead='auto'"
+        f"{needed.lookahead}){tiles}; give at least that; the smallest budget that works is "
+        f"{minimum} bytes ({format_bytes(minimum)}) with lookahead='auto'"
     )
 
 

@@ -84,6 +84,24 @@ def test_run_prints_the_same_text_at_every_budget(model: Path, tmp_path: Path) -
     assert written["text"] in streamed
 
 
+@pytest.mark.parametrize(
+    "options", [("--by-rows", "lm_head", "--by-rows", "*embed*"), ("--compile",)]
+)
+def test_run_reads_by_rows_and_compiles(
+    model: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    texts = []
+    for index, more in enumerate(((), options)):
+        report = tmp_path / f"{index}.json"
+        nexus("run", model, "--prompt", "a b", "--max-new-tokens", 4, "--json", report, *more)
+        texts.append(json.loads(report.read_text())["tokens"])
+    assert texts[0] == texts[1]
+
+
+def test_plan_counts_what_is_read_by_rows(model: Path) -> None:
+    assert "by rows" in nexus("plan", model, "--by-rows", "lm_head").stdout
+
+
 def test_plan_shows_the_split_and_the_smallest_budget(model: Path, tmp_path: Path) -> None:
     shown = invoke("plan", model, "--budget", "700KB", "--json", tmp_path / "plan.json")
     plan = json.loads((tmp_path / "plan.json").read_text())
