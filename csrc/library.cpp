@@ -207,6 +207,8 @@ int64_t xxh3(const Tensor& data) {
 }  // namespace
 }  // namespace nexus
 
+// Compilers keep the code of a graph on disk, under the names and arguments of its ops and not
+// their schemas: an op that comes to mutate something else needs another name or argument.
 STABLE_TORCH_LIBRARY(nexus, m) {
   nexus::interrupted = &nexus::check_python_signals;
 

@@ -111,3 +111,53 @@ def test_opcheck_of_held_acquire_and_release(
     ops = torch.ops.nexus
     torch.library.opcheck(ops.acquire_.held, (slot.arena, slot.turn, dep, slot.id))
     torch.library.opcheck(ops.release_.default, (slot.arena, slot.turn, [dep], slot.id))
+
+
+class Gated(nn.Module):
+    """A side output that a compiler would rather compute together with those of other blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = nn.Linear(WIDTH, WIDTH)
+        self.gate = nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Of the first block's input: nothing but the gate ties it to its place.
+        return torch.relu(self.main(x)) + x, torch.sigmoid(self.gate)
+
+
+class WithGates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Gated() for _ in range(7))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gates = []
+        for block in self.blocks:
+            x, gate = block(x)
+            gates.append(gate)
+        return x, gates[0] + gates[1] + gates[2] + gates[3] + gates[4] + gates[5] + gates[6]
+
+
+def test_a_turn_keeps_blocks_in_order_whose_arenas_share_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arenas look like different tensors: without `turn`, fused gates are computed after the last
+    acquire, and those of refilled arenas are wrong.
+    """
+    monkeypatch.setenv("NEXUS_POISON", "1")
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    plain = WithGates().eval().requires_grad_(False)
+    save_file(plain.state_dict(), tmp_path / "model.safetensors")
+    group = 4 * (WIDTH * WIDTH + 2 * WIDTH)
+    streamed = nexus.stream(
+        WithGates().eval(), tmp_path, budget=2 * group + 1024, io="direct", lookahead=1
+    )
+    x = torch.randn(4, WIDTH)
+    compiled = torch.compile(streamed, fullgraph=True)
+    reference = torch.compile(plain, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(3):
+            for ours, theirs in zip(compiled(x), reference(x), strict=True):
+                assert torch.equal(ours, theirs)
