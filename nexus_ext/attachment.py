@@ -1,10 +1,10 @@
 """What a streamed model holds: which group is acquired now, and where each weight is then.
 
 Note [Where a streamed parameter is]
-A parameter that streams has no memory of its own. In `_parameters` stands a meta tensor: names,
-shapes and dtypes of `state_dict` and `repr` stay what they were, and no stale byte can be taken
-for a weight. While its group is acquired, reading the attribute gives a view of the arena; at any
-other time the meta tensor, whose use torch refuses.
+A parameter that streams has no memory of its own. In `_parameters` stands a stand-in: names, shapes
+and dtypes of `state_dict` and `repr` stay what they were, and no stale byte can be taken for a
+weight. While its group is acquired, reading the attribute gives a view of the arena; at any other
+time the stand-in, which refuses to be computed with.
 
 Note [Backward]
 autograd saves what backward will need, weights among it. What lies in an arena is not saved: its
@@ -46,7 +46,7 @@ def views(group: Group, arena: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 # What may be asked of a weight that has no bytes now. Everything else is refused: torch computes
-# with meta tensors beside real ones, and gives uninitialised memory (2.13, F.linear).
+# with plain meta tensors beside real ones, and gives uninitialised memory (2.13, F.linear).
 _METADATA = frozenset(
     [
         "__get__",
@@ -168,8 +168,9 @@ class GroupSlot:
 
     def enter(self) -> GroupSlot | None:
         """Eager: a forward that needs the group begins; returns whose forward it interrupts."""
-        outer, self.life.running = self.life.running, self
+        outer = self.life.running
         self.acquire()
+        self.life.running = self
         return outer
 
     def leave(self, outer: GroupSlot | None) -> None:

@@ -156,9 +156,7 @@ def test_compiled_under_inference_mode(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("how", ["whole", "blocks"])
-def test_generate_with_a_static_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_generate_with_a_static_cache(tmp_path: Path, how: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -184,11 +182,11 @@ def test_generate_with_a_static_cache(
             pair.streamed.forward, backend="aot_eager", fullgraph=True
         )
     else:
-        # Each layer has its number in its attributes: transformers' blocks are a graph each.
-        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
         for layer in pair.streamed.model.layers:
             layer.compile(backend="aot_eager", fullgraph=True)
-    got = pair.streamed.generate(ids, cache_implementation="static", **asked)
+    # Each layer has its number in its attributes: transformers' blocks are a graph each.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        got = pair.streamed.generate(ids, cache_implementation="static", **asked)
     assert torch.equal(got, want)
     assert num_graphs() >= 1
     assert not counters["graph_break"]
