@@ -246,6 +246,7 @@ class GroupSlot:
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     @property
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def saves_places(self) -> bool:
         """Whether what is saved now goes through this slot's hooks first."""
         top = _autograd._top_saved_tensors_default_hooks(False)

@@ -7,7 +7,11 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +188,53 @@ def test_adapters_that_were_there_before_are_kept(
     assert_trained_alike(train(model), train(by_hand(resident)))
 
 
+@pytest.mark.parametrize("adapt", [by_peft, by_hand])
+def test_accumulated_gradients_are_the_same(
+    resident: Any, stream: Any, adapt: Callable[[Any], Any]
+) -> None:
+    def accumulated(model: Any) -> list[torch.Tensor]:
+        for shift in range(3):
+            ids = (IDS + shift) % 60
+            (model(input_ids=ids, labels=ids).loss / 3).backward()
+        return [parameter.grad for parameter in trainable(model)]
+
+    assert same(accumulated(adapt(stream())), accumulated(adapt(resident)))
+
+
+def test_adapters_get_the_same_gradients_from_crossed_graphs(resident: Any, stream: Any) -> None:
+    def crossed(model: Any) -> list[torch.Tensor]:
+        weights = trainable(model)
+        first = model(input_ids=IDS, labels=IDS).loss
+        second = model(input_ids=IDS.flip(1), labels=IDS).loss
+        first.backward(retain_graph=True)
+        kept = [weight.grad.clone() for weight in weights]
+        second.backward()
+        first.backward()
+        third = model(input_ids=IDS, labels=IDS).loss
+        return [*kept, *(w.grad for w in weights), *torch.autograd.grad(third, weights)]
+
+    ours = crossed(by_peft(stream()))
+    assert len(ours) == 3 * 2 * 3 * NUM_LAYERS
+    assert same(ours, crossed(by_peft(resident)))
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_adapters_train_through_weights_read_by_rows(
+    resident: Any, stream: Any, reentrant: bool | None
+) -> None:
+    by_rows = ["lm_head", "model.embed_tokens", "model.layers.*.mlp.up_proj"]
+
+    def trained(model: Any) -> Any:
+        if reentrant is not None:
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        return train(model, 4)
+
+    ours = trained(by_peft(stream(by_rows=by_rows)))
+    assert_trained_alike(ours, trained(by_peft(resident)))
+
+
 def test_keep_must_name_something(resident: Any, stream: Any) -> None:
     with pytest.raises(StreamError, match="keep must name a parameter"):
         stream(keep="*nothing*")
@@ -203,12 +254,14 @@ class Stack(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         blocks = list(self.blocks)
-        if self.how == "pairs":
-            while blocks:
-                pair, blocks = blocks[:2], blocks[2:]
-                x = checkpoint(lambda y, pair=pair: run_all(pair, y), x, use_reentrant=False)
-            return x
-        return run_all(blocks, x)
+        what, _, reentrant = self.how.partition(" ")
+        if what not in ("blocks", "pairs"):
+            return run_all(blocks, x)
+        size = 1 if what == "blocks" else 2
+        for begin in range(0, len(blocks), size):
+            part = partial(run_all, blocks[begin : begin + size])
+            x = checkpoint(part, x, use_reentrant=bool(reentrant))
+        return x
 
 
 def run_all(blocks: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
@@ -226,8 +279,8 @@ class Inner(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.first(x))
-        if self.how == "inside":
-            return x + checkpoint(self.part, x, use_reentrant=False)
+        if self.how.startswith("inside"):
+            return x + checkpoint(self.part, x, use_reentrant=self.how.endswith("reentrant"))
         return x + self.part(x)
 
     def part(self, x: torch.Tensor) -> torch.Tensor:
@@ -250,14 +303,21 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return resident, streamed
 
 
-def gradient(model: nn.Module, x: torch.Tensor = X) -> torch.Tensor:
+def gradient(model: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor = X) -> torch.Tensor:
     x = x.clone().requires_grad_()
     model(x).square().sum().backward()
     assert x.grad is not None
     return x.grad
 
 
-@pytest.mark.parametrize("pair", ["none", "pairs", "inside"], indirect=True)
+@pytest.mark.parametrize(
+    "pair",
+    [
+        *("none", "blocks", "pairs", "inside"),
+        *("blocks reentrant", "pairs reentrant", "inside reentrant"),
+    ],
+    indirect=True,
+)
 def test_any_part_may_be_checkpointed(pair: Any) -> None:
     resident, streamed = pair
     for _ in range(3):
@@ -287,6 +347,25 @@ def test_second_derivatives_are_refused_and_not_wrong(pair: Any) -> None:
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         first.square().sum().backward()
     assert torch.equal(gradient(streamed), gradient(resident))
+
+
+def test_second_derivatives_of_one_block_are_right(pair: Any) -> None:
+    def twice(model: Any) -> list[torch.Tensor]:
+        x = X.clone().requires_grad_()
+        (first,) = torch.autograd.grad(model.blocks[2](x).square().sum(), x, create_graph=True)
+        return [first.detach(), *torch.autograd.grad(first.square().sum(), x)]
+
+    resident, streamed = pair
+    assert same(twice(streamed), twice(resident))
+
+
+@pytest.mark.parametrize("pair", ["blocks", "pairs", "inside"], indirect=True)
+def test_second_derivatives_of_checkpointed_blocks_are_refused_and_not_wrong(pair: Any) -> None:
+    _, streamed = pair
+    x = X.clone().requires_grad_()
+    (first,) = torch.autograd.grad(streamed(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.square().sum().backward()
 
 
 def test_backward_hooks_fire_with_the_same_gradients(pair: Any) -> None:
@@ -333,6 +412,30 @@ def test_no_weight_is_saved_for_backward(pair: Any) -> None:
     assert torch.equal(x.grad, gradient(resident))
 
 
+def test_no_weight_is_saved_under_autocast_either(pair: Any) -> None:
+    """There a linear is given a copy of its weight in another dtype."""
+    resident, streamed = pair
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    def gradient_of(model: Any) -> torch.Tensor:
+        x = X.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x).float().square().sum()
+        loss.backward()
+        return x.grad
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        got = gradient_of(streamed)
+    assert torch.equal(got, gradient_of(resident))
+    shapes = [tuple(tensor.shape) for tensor in saved]
+    assert shapes.count((5, 24)) >= 2 * NUM_LAYERS
+    assert (24, 24) not in shapes
+
+
 def test_activations_may_go_elsewhere(pair: Any) -> None:
     resident, streamed = pair
     with torch.autograd.graph.save_on_cpu():
@@ -358,6 +461,56 @@ def test_backward_reads_again_and_ahead(pair: Any) -> None:
         surprises = after.num_mispredicted
     # The first backward alone was not foreseen, and only its turn.
     assert surprises <= 3
+
+
+def test_backward_finds_every_group_landed_if_computation_is_slow(pair: Any) -> None:
+    _, streamed = pair
+    engine = streamed._nexus.streamer.engine
+
+    def compute(module: nn.Module, grads: object) -> None:
+        """Until all that was asked for has been read."""
+        deadline = time.monotonic() + 60
+        while (stats := engine.stats())["num_loads"] != stats["num_landed"] + stats["num_failed"]:
+            assert time.monotonic() < deadline, stats
+            time.sleep(0.0005)
+
+    for block in streamed.blocks:
+        block.register_full_backward_pre_hook(compute)
+    for step in range(5):
+        loss = streamed(X.clone().requires_grad_()).square().sum()
+        before = nexus.stats(streamed)
+        loss.backward()
+        after = nexus.stats(streamed)
+        if step > 1:
+            assert after.num_hits - before.num_hits == NUM_LAYERS
+            assert after.num_waits == before.num_waits
+            assert after.num_mispredicted == before.num_mispredicted
+
+
+def test_only_the_first_turn_is_a_surprise(pair: Any) -> None:
+    _, streamed = pair
+    surprises = []
+    for _ in range(5):
+        gradient(streamed)
+        surprises.append(nexus.stats(streamed).num_mispredicted)
+    assert surprises == [1] * 5
+
+
+def test_graphs_without_backward_leave_nothing_behind(pair: Any) -> None:
+    """Evaluation with gradients on, for example. Neither a circle, nor one past the collector."""
+    for model in pair:
+        hidden: list[Any] = []
+        model.blocks[3].second.register_forward_pre_hook(
+            lambda module, args, hidden=hidden: hidden.append(
+                StorageWeakRef(args[0].untyped_storage())
+            )
+        )
+        for _ in range(3):
+            loss = model(X.clone().requires_grad_()).square().sum()
+            assert not hidden[-1].expired()
+            del loss
+        gc.collect()
+        assert [one.expired() for one in hidden] == [True] * 3, type(model)
 
 
 def test_graphs_leave_nothing_behind(pair: Any) -> None:
@@ -412,6 +565,26 @@ def test_backward_after_the_end_says_so(pair: Any) -> None:
         loss.backward()
 
 
+def test_backward_after_the_model_is_gone_says_so(pair: Any, tmp_path: Path) -> None:
+    # Not the fixture's own, which pytest holds.
+    model = copy.deepcopy(pair[0])
+    streamed = nexus.stream(model, tmp_path / "stack.safetensors", budget=2 * 5120, io="direct")
+    loss = streamed(X.clone().requires_grad_()).square().sum()
+    gone = weakref.ref(streamed)
+    del streamed, model
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(EngineClosed, match="Stream the model again"):
+        loss.backward()
+
+
+def test_a_model_closed_in_the_middle_of_backward_says_so(pair: Any) -> None:
+    _, streamed = pair
+    streamed.blocks[3].register_full_backward_hook(lambda *_: nexus.close(streamed))
+    with pytest.raises(EngineClosed):
+        gradient(streamed)
+
+
 def test_an_exception_in_backward_leaves_the_model_usable(pair: Any) -> None:
     resident, streamed = pair
 
@@ -425,6 +598,59 @@ def test_an_exception_in_backward_leaves_the_model_usable(pair: Any) -> None:
         run_all(list(streamed.blocks[1:]), hidden).sum().backward()
     for _ in range(2):
         assert torch.equal(gradient(streamed), gradient(resident))
+
+
+def test_another_thread_may_go_on_after_an_exception_in_backward(pair: Any) -> None:
+    resident, streamed = pair
+    want, outcomes = gradient(resident), []
+
+    def fail(module: nn.Module, grads: object) -> None:
+        raise ValueError("in a hook")
+
+    def attempt() -> None:
+        for _ in range(4):
+            try:
+                outcomes.append(torch.equal(gradient(streamed), want))
+            except ThreadConflict:
+                outcomes.append("refused")
+
+    hook = streamed.blocks[3].register_full_backward_pre_hook(fail)
+    with pytest.raises(ValueError, match="in a hook"):
+        gradient(streamed)
+    hook.remove()
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join()
+    # Who comes second is refused once: the first might still be computing.
+    assert outcomes[1:] == [True] * 3
+    assert outcomes[0] in (True, "refused")
+
+
+def test_reads_that_fail_in_backward_are_typed_and_the_next_step_is_right(
+    pair: Any, tmp_path: Path
+) -> None:
+    resident, streamed = pair
+    nexus.close(streamed)
+    want, outcomes = gradient(resident), Counter()
+    for seed in range(12):
+        faults = Faults(seed=seed, errno_ppm=30_000)
+        path = tmp_path / "stack.safetensors"
+        nexus.stream(streamed, path, budget=2 * 5120, io="direct", faults=faults)
+        for _ in range(6):
+            x = X.clone().requires_grad_()
+            try:
+                loss = streamed(x).square().sum()
+            except ReadError:
+                continue
+            try:
+                loss.backward()
+            except ReadError as error:
+                outcomes["failed" if "offset" in str(error) else str(error)] += 1
+            else:
+                outcomes[torch.equal(x.grad, want)] += 1
+        nexus.close(streamed)
+    assert outcomes.keys() == {True, "failed"}
+    assert min(outcomes.values()) > 5
 
 
 def test_failed_reads_are_typed_and_the_next_step_is_right(pair: Any, tmp_path: Path) -> None:
@@ -480,6 +706,44 @@ def test_forward_in_another_thread_during_backward_is_right_or_refused(pair: Any
     assert torch.equal(gradient(streamed), want_grad)
 
 
+def test_backward_in_several_threads_is_right_or_refused(pair: Any) -> None:
+    resident, streamed = pair
+    want, outcomes = gradient(resident), []
+
+    def attempt() -> None:
+        for _ in range(20):
+            try:
+                outcomes.append(torch.equal(gradient(streamed), want))
+            except ThreadConflict:
+                outcomes.append("refused")
+
+    threads = [threading.Thread(target=attempt) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 60
+    assert False not in outcomes
+    assert True in outcomes
+    assert torch.equal(gradient(streamed), want)
+
+
+def test_backward_may_run_in_another_thread_and_within_a_forward(pair: Any) -> None:
+    def elsewhere(model: Any) -> list[torch.Tensor]:
+        x = X.clone().requires_grad_()
+        loss = model(x).square().sum()
+        thread = threading.Thread(target=partial(loss.backward, retain_graph=True))
+        thread.start()
+        thread.join()
+        hook = model.blocks[3].register_forward_hook(lambda *_: loss.backward(retain_graph=True))
+        y = model(X)
+        hook.remove()
+        return [x.grad, y]
+
+    resident, streamed = pair
+    assert same(elsewhere(streamed), elsewhere(resident))
+
+
 def test_streamed_weights_stay_frozen(pair: Any) -> None:
     _, streamed = pair
     with pytest.raises(StreamError, match="cannot be trained as a whole"):
@@ -501,3 +765,112 @@ def test_compiled_blocks_with_adapters_refuse_to_train(resident: Any, stream: An
         want = torch.compile(by_hand(resident), backend="aot_eager", fullgraph=True)(IDS).logits
         assert torch.equal(run(IDS).logits, want)
     torch._dynamo.reset()
+
+
+class Adapted(nn.Module):
+    """A block that takes what it computes from in any wrapping, and holds an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(24, 24)
+        self.lora = nn.Parameter(torch.randn(24, 24) / 8)
+        self.extra: list[torch.Tensor] = []
+
+    def forward(self, x: Any) -> torch.Tensor:
+        x = x["x"] if isinstance(x, dict) else x[0] if isinstance(x, tuple) else x
+        for one in self.extra:
+            x = x + one
+        return x + torch.tanh(self.linear(x) + x @ self.lora)
+
+
+class Wrapping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Adapted() for _ in range(NUM_LAYERS))
+        self.wrap: Callable[[torch.Tensor], Any] = lambda x: x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(self.wrap(x))
+        return x
+
+
+@pytest.fixture
+def adapted(tmp_path: Path) -> Iterator[Any]:
+    """Frozen; the adapters are kept. The compiler forgets what it knew, before and after."""
+    torch._dynamo.reset()
+    resident = Wrapping().requires_grad_(False)
+    tensors = {n: t for n, t in resident.state_dict().items() if "lora" not in n}
+    save_file(tensors, tmp_path / "adapted.safetensors")
+    streamed = nexus.stream(
+        copy.deepcopy(resident),
+        tmp_path / "adapted.safetensors",
+        budget=2 * 2560,
+        io="direct",
+        keep="*lora*",
+    )
+    assert len(nexus.plan_of(streamed).streamed) == NUM_LAYERS
+    yield resident, streamed
+    nexus.close(streamed)
+    torch._dynamo.reset()
+
+
+WRAPS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "plain": lambda x: x,
+    "tuple": lambda x: (x,),
+    "dict": lambda x: {"x": x},
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "backend"),
+    [
+        *(("plain", "eager"), ("tuple", "eager"), ("dict", "eager")),
+        *(("captured", "eager"), ("captured by the last", "eager"), ("tuple", "inductor")),
+    ],
+)
+def test_a_compiled_gradient_is_refused_or_right_however_the_input_comes(
+    adapted: Any, way: str, backend: str
+) -> None:
+    def gradient_of(model: Any, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        model.wrap = WRAPS.get(way, model.wrap)
+        if way not in WRAPS:
+            bias = torch.ones(24, requires_grad=True)
+            for block in model.blocks[-1:] if way == "captured by the last" else model.blocks:
+                block.extra = [bias]
+            run(X).square().sum().backward()
+            return bias.grad
+        return gradient(run)
+
+    resident, streamed = adapted
+    want = gradient_of(resident, resident)
+    try:
+        got = gradient_of(streamed, torch.compile(streamed, backend=backend, fullgraph=True))
+    except (Unsupported, StreamError):
+        return
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_unfrozen_after_compiling_are_refused(adapted: Any) -> None:
+    resident, streamed = adapted
+    run = torch.compile(streamed, backend="eager", fullgraph=True)
+    assert torch.equal(run(X), resident(X))
+    for block in streamed.blocks:
+        block.lora.requires_grad_(True)
+    with pytest.raises((Unsupported, StreamError)):
+        run(X)
+    with torch.no_grad():
+        assert torch.equal(run(X), resident(X))
+
+
+def test_inductor_computes_blocks_with_adapters_without_gradients(adapted: Any) -> None:
+    resident, streamed = adapted
+    for model in (resident, streamed):
+        for block in model.blocks:
+            block.lora.requires_grad_(True)
+    with torch.no_grad():
+        run, want = torch.compile(streamed, fullgraph=True), torch.compile(resident)(X)
+        for _ in range(3):
+            assert torch.equal(run(X), want)
+    assert nexus.stats(streamed).num_cloned == 0
