@@ -30,7 +30,15 @@ from nexus_ext.checkpoint import Group, Member
 from nexus_ext.errors import StreamError
 from nexus_ext.streamer import Streamer
 
-__all__ = ["Attachment", "GroupSlot", "StandIn", "attachment_of", "reading", "views"]
+__all__ = [
+    "Attachment",
+    "GroupSlot",
+    "StandIn",
+    "attachment_of",
+    "reading",
+    "tensors_in",
+    "views",
+]
 
 _autograd: Any = torch._C._autograd
 
@@ -212,7 +220,7 @@ class GroupSlot:
         """The end of the block. A compiler may move what nobody needs yet past the next block's
         acquire, but not past this: it needs what the block made, and mutates what it read.
         """
-        ops.native.release_(self.arena, self.turn, _tensors_in(result), self.id)
+        ops.native.release_(self.arena, self.turn, tensors_in(result), self.id)
 
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
     def trains(self) -> bool:
@@ -253,14 +261,14 @@ class GroupSlot:
         return top is not None and getattr(top[0], "slot", None) is self
 
 
-def _tensors_in(value: object) -> list[torch.Tensor]:
-    """The tensors of a block's result, through tuples, lists and dicts."""
+def tensors_in(value: object) -> list[torch.Tensor]:
+    """The tensors of a value, through tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, tuple | list):
-        return [tensor for item in value for tensor in _tensors_in(item)]
+        return [tensor for item in value for tensor in tensors_in(item)]
     return []
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nexus_ext import ops
-from nexus_ext.attachment import Attachment, GroupSlot, reading
+from nexus_ext.attachment import Attachment, GroupSlot, reading, tensors_in
 from nexus_ext.errors import StreamError
 
 __all__ = ["StreamedModule", "restore_all", "subclass_all"]
@@ -187,7 +187,7 @@ def _with_group(
     kwargs: dict[str, Any],
 ) -> Any:
     if torch.compiler.is_compiling():
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        tensors = tensors_in([*args, *kwargs.values()])
         _refuse_gradients(slot, tensors)
         # What is computed from: acquire_ is ordered after it.
         slot.acquire_compiled(tensors[0] if tensors else slot.id)

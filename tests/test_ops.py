@@ -487,6 +487,29 @@ def test_compiled_streamed_blocks_refuse_inputs_that_want_a_gradient(
         assert torch.equal(run(X), pair.resident(X))
 
 
+class InPairs(nn.Module):
+    """Takes what it computes with in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        return self.up(pair[0]) * pair[1], pair[1]
+
+
+@looks_at_grad
+def test_an_input_in_a_tuple_that_wants_a_gradient_is_refused_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(InPairs() for _ in range(5))).requires_grad_(False)
+    pair = Pair(model, tmp_path, lookahead=1)
+    run = torch.compile(pair.streamed, backend="aot_eager", fullgraph=True)
+    with pytest.raises((Unsupported, StreamError)):
+        run((X, X.clone().requires_grad_()))
+    with torch.no_grad():
+        assert torch.equal(run((X, X))[0], pair.resident((X, X))[0])
+
+
 @looks_at_grad
 @pytest.mark.parametrize("is_whole", [True, False])
 def test_without_fullgraph_what_wants_a_gradient_is_run_eagerly(pair: Pair, is_whole: bool) -> None:
