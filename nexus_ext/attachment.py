@@ -16,6 +16,7 @@ checkpointed comes through unharmed: hooks that were there before get every othe
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from torch import nn
 
 from nexus_ext import ops
 from nexus_ext.checkpoint import Group, Member
-from nexus_ext.errors import StreamError
+from nexus_ext.errors import StreamError, ThreadConflict
 from nexus_ext.streamer import Streamer
 
 __all__ = [
@@ -191,10 +192,16 @@ class GroupSlot:
         """Wait for the group; what was read through the group before is over. Eager code runs in
         order, and needs no `dep` (which may be a wrapper, under vmap for example).
         """
+        self.life.enter_backward()
+        try:
+            ops.acquire_(self.arena, self.id, self.id)
+        except ThreadConflict:
+            raise  # refused: nothing was freed, and the other thread computes on
+        except BaseException:
+            self.life.end()
+            raise
         if self.life.slot is not self:
             self.life.end()
-        self.life.enter_backward()
-        ops.acquire_(self.arena, self.id, self.id)
         self.life.slot = self
 
     def acquire_compiled(self, dep: torch.Tensor) -> None:
@@ -241,17 +248,32 @@ class GroupSlot:
         keep, give = _autograd._top_saved_tensors_default_hooks(False) or (_keep, _give)
 
         def pack(tensor: torch.Tensor) -> object:
-            is_weight = (
-                tensor.layout == torch.strided
-                and tensor.untyped_storage().data_ptr() == self._address
-            )
-            return _Place.of(self, tensor) if is_weight else keep(tensor)
+            if tensor.layout != torch.strided:
+                return keep(tensor)
+            if tensor.untyped_storage().data_ptr() == self._address:
+                return _Place.of(self, tensor)
+            return self._recast(tensor) or keep(tensor)
 
         def unpack(saved: Any) -> torch.Tensor:
-            return saved.fetch() if isinstance(saved, _Place) else give(saved)
+            return saved.fetch() if isinstance(saved, _Place | _Recast) else give(saved)
 
         pack.slot = self  # type: ignore[attr-defined]
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    def _recast(self, tensor: torch.Tensor) -> _Recast | None:
+        """Autocast, and some models, compute with a copy of a weight in another dtype. Nothing but
+        its bytes says where such a copy came from.
+        """
+        if tensor.requires_grad:
+            return None
+        numel, rest = divmod(tensor.untyped_storage().nbytes(), tensor.itemsize)
+        for name, member in self._members.items():
+            if rest or member.dtype == tensor.dtype or math.prod(member.shape) != numel:
+                continue
+            weight = self.view(name)
+            if torch.equal(tensor.as_strided((numel,), (1,), 0), weight.to(tensor.dtype).flatten()):
+                return _Recast(_Place.of(self, weight), tensor.dtype, *_layout_of(tensor))
+        return None
 
     @property
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -300,8 +322,28 @@ class _Place:
         )
 
 
+@dataclass(frozen=True)
+class _Recast:
+    """A copy of a weight in another dtype, or a view of one."""
+
+    weight: _Place
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def fetch(self) -> torch.Tensor:
+        copy = self.weight.fetch().to(self.dtype)
+        return copy.as_strided(self.size, self.stride, self.offset)
+
+
+def _layout_of(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+
+
 def _keep(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    return tensor, tensor._version
+    # An output itself would hold the graph that holds it.
+    return tensor.detach(), tensor._version
 
 
 def _give(saved: tuple[torch.Tensor, int]) -> torch.Tensor:

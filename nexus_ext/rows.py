@@ -66,6 +66,7 @@ class TiledWeight:
             for number, group, arena in tiles
         ]
         self.id = self._tiles[0].id
+        self.shape = (sum(len(tile.weight) for tile in self._tiles), self._tiles[0].weight.shape[1])
 
     def __len__(self) -> int:
         return len(self._tiles)
@@ -75,7 +76,7 @@ class TiledWeight:
 
         Backwards the tile read last comes first: it is still there.
         """
-        end = sum(len(tile.weight) for tile in self._tiles) if backwards else 0
+        end = self.shape[0] if backwards else 0
         for tile in reversed(self._tiles) if backwards else self._tiles:
             rows = (
                 slice(end - len(tile.weight), end)
@@ -99,6 +100,8 @@ class RowTable:
 
     def __init__(self, engine: Engine, number: int, entry: Entry) -> None:
         self.id = engine.group_id(number)
+        self.shape = entry.shape
+        self.dtype = entry.dtype
         self._engine = engine
         self._entry = entry
 
@@ -106,11 +109,15 @@ class RowTable:
         """The rows that `ids` (integers, any shape) name: [*ids.shape, dim]. Blocks.
 
         Raises:
-            StreamError: An id that is no row.
+            StreamError: An id that is no row, or no integer.
             ReadError, TruncatedCheckpoint, CheckpointChanged: The bytes cannot be had.
         """
         entry = self._entry
         num_rows, dim = entry.shape
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise StreamError(
+                f"Ids of {entry.name} must be int64 or int32, got {ids.dtype}; convert them."
+            )
         flat = ids.reshape(-1).to(torch.int64).contiguous()
         if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < num_rows:
             raise StreamError(
@@ -147,6 +154,15 @@ def _lookup(kind: type[Any], id_: torch.Tensor) -> Any:
     return thing
 
 
+def _check(what: str, rule: object, got: object) -> None:
+    """An id can come from a graph that was saved, and name a weight that the graph does not mean."""
+    if got != rule:
+        raise StreamError(
+            f"{what} of this weight must be {rule}, got {got}. The id names another weight than "
+            "the graph was made for: stream the model, then export or compile it again."
+        )
+
+
 # -- kernels -------------------------------------------------------------------------------------
 
 
@@ -155,6 +171,9 @@ def _linear(
     x: torch.Tensor, bias: torch.Tensor | None, weight_id: torch.Tensor, out_features: int
 ) -> torch.Tensor:
     weight: TiledWeight = _lookup(TiledWeight, weight_id)
+    _check("Shape", list(weight.shape), [out_features, x.shape[-1]])
+    if bias is not None:
+        _check("Shape of a bias", [weight.shape[0]], list(bias.shape))
     if len(weight) == 1:
         for _, tile in weight.parts():
             only = functional.linear(x, tile.to(x.dtype), bias)
@@ -170,6 +189,7 @@ def _linear(
 @torch.library.impl("nexus::streamed_linear_grad", "CPU")
 def _linear_grad(grad: torch.Tensor, weight_id: torch.Tensor, in_features: int) -> torch.Tensor:
     weight: TiledWeight = _lookup(TiledWeight, weight_id)
+    _check("Shape", list(weight.shape), [grad.shape[-1], in_features])
     flat = grad.reshape(-1, grad.shape[-1])
     # Rounding to less than float32 once a tile would add up.
     is_short = grad.dtype.itemsize < 4 and len(weight) > 1
@@ -185,6 +205,7 @@ def _embedding(
     ids: torch.Tensor, table_id: torch.Tensor, dim: int, dtype: torch.dtype
 ) -> torch.Tensor:
     table: RowTable = _lookup(RowTable, table_id)
+    _check("Row and dtype", (table.shape[1], table.dtype), (dim, dtype))
     return table.rows(ids)
 
 

@@ -60,16 +60,17 @@ class _RowsLinear(nn.Linear):
     """Stands where nn.Linear stood among the bases: a subclass's forward still comes first."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        x = input
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x, bias = input, self.bias
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         elif x.dtype != self.weight.dtype:
             raise StreamError(
                 f"A projection's input must have the dtype of its weight, {self.weight.dtype}, got "
                 f"{x.dtype}; convert the input."
             )
         result: torch.Tensor = ops.native.streamed_linear(
-            x, self.bias, self._nexus_row_id, self.out_features
+            x, bias, self._nexus_row_id, self.out_features
         )
         return result
 
@@ -195,6 +196,8 @@ def _with_group(
             result = forward(module, *args, **kwargs)
         finally:
             slot.close_compiled()
+        # A tensor that is neither argument nor parameter may have wanted one.
+        _refuse_gradients(slot, tensors_in(result))
         slot.release_compiled(result)
         return result
     outer = slot.enter()
@@ -216,8 +219,8 @@ def _refuse_gradients(slot: GroupSlot, tensors: list[torch.Tensor]) -> None:
         return
     if slot.trains() or any(tensor.requires_grad for tensor in tensors):
         raise StreamError(
-            "A compiled streamed block computes no gradients, and its input or a parameter of its "
-            "own requires one. Run it under torch.no_grad(), or do not compile it."
+            "A compiled streamed block computes no gradients, and its input, its output or a "
+            "parameter of its own requires one. Run it under torch.no_grad(), or do not compile it."
         )
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import re
 import shutil
+import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,9 @@ from nexus_ext.errors import (
     ConfigError,
     EngineClosed,
     NexusError,
+    ReadError,
     StreamError,
+    TruncatedCheckpoint,
 )
 
 OPS = torch.ops.nexus
@@ -174,6 +180,25 @@ def test_tiles_take_less_memory_than_the_whole_and_are_counted(maker: Maker) -> 
         )
 
 
+@pytest.mark.parametrize("io", ["direct", "buffered"])
+def test_faulty_reads_of_tiles_are_typed_or_mended(maker: Maker, io: str) -> None:
+    resident = maker.resident()
+    want, outcomes = resident(IDS), []
+    chances = {"errno_ppm": 100_000, "short_ppm": 50_000, "again_ppm": 50_000}
+    for seed in range(12):
+        try:
+            model = maker.streamed(resident, ALL, io=io, faults=Faults(seed=seed, **chances))
+        except ReadError:
+            continue  # a resident group could not be read
+        for _ in range(4):
+            try:
+                outcomes.append(torch.allclose(model(IDS), want, rtol=1e-5, atol=1e-5))
+            except ReadError:
+                outcomes.append("failed")
+        nexus.close(model)
+    assert set(outcomes) == {True, "failed"}
+
+
 def test_tiles_are_read_ahead(maker: Maker) -> None:
     resident = maker.resident()
     with maker.streamed(resident, ALL) as model:
@@ -207,6 +232,38 @@ def test_a_llama_generates_the_same_tokens(tmp_path: Path) -> None:
     ) as model:
         assert torch.equal(model.generate(ids, **asked), resident.generate(ids, **asked))
         assert nexus.stats(model).num_rows == 5 + 5
+
+
+def test_a_tied_llama_generates_the_same_tokens(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=2,
+        vocab_size=500,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    resident = LlamaForCausalLM(config).eval()
+    resident.save_pretrained(tmp_path)
+    asked = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones(1, 5).long()}
+    ids = torch.randint(1, 500, (1, 5))
+    want = resident.generate(ids, **asked)
+    model = nexus.stream(
+        copy.deepcopy(resident),
+        tmp_path,
+        by_rows=["lm_head", "model.embed_tokens"],
+        budget="150KB",
+        tile_bytes="16KiB",
+        io="direct",
+        lookahead=1,
+    )
+    assert len(nexus.plan_of(model).streamed) > 2
+    assert torch.equal(model.generate(ids, **asked), want)
+    nexus.close(model)
 
 
 # -- the ops ---------------------------------------------------------------------------------------
@@ -268,6 +325,118 @@ def test_inputs_of_any_shape(net: Any, shape: tuple[int, ...]) -> None:
     assert up(x.transpose(0, -1).contiguous().transpose(0, -1)).shape == (*shape[:-1], HIDDEN)
 
 
+# To the last bits: tiles may add up in another order.
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float64: 1e-12}
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("tile_bytes", ["1MiB", "4KiB"])
+def test_a_projection_is_exact_in_one_tile_and_as_good_in_many(
+    maker: Maker, dtype: torch.dtype, tile_bytes: str
+) -> None:
+    resident = maker.resident(dtype)
+    with maker.streamed(resident, ALL, tile_bytes=tile_bytes) as model:
+        for ours, theirs in (
+            (model.layers[1].up, resident.layers[1].up),  # with a bias
+            (model.head, resident.head),
+        ):
+            for shape in ((WIDTH,), (1, WIDTH), (5, WIDTH), (2, 3, WIDTH), (0, WIDTH)):
+                x = torch.randn(shape).to(dtype)
+                got, want = ours(x), theirs(x)
+                assert (got.shape, got.dtype) == (want.shape, want.dtype)
+                if tile_bytes == "1MiB":
+                    assert torch.equal(got, want)
+                else:
+                    assert torch.allclose(got, want, rtol=NEAR[dtype], atol=NEAR[dtype])
+            columns = torch.randn(WIDTH, 6).to(dtype).t()
+            got, want = ours(columns), theirs(columns)
+            assert torch.allclose(got, want, rtol=NEAR[dtype], atol=NEAR[dtype])
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("tile_bytes", ["1MiB", "4KiB"])
+def test_its_gradient_too(maker: Maker, dtype: torch.dtype, tile_bytes: str) -> None:
+    resident = maker.resident(dtype)
+
+    def gradient(head: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        x = torch.ones(3, WIDTH, dtype=dtype, requires_grad=True)
+        head(x).double().square().sum().backward()
+        return x.grad
+
+    with maker.streamed(resident, "head", tile_bytes=tile_bytes) as model:
+        got, want = gradient(model.head), gradient(resident.head)
+        if tile_bytes == "1MiB":
+            assert torch.equal(got, want)
+        error = (got - want).abs().max() / want.abs().max()
+        assert error.item() <= NEAR[dtype]
+
+
+def test_backward_reads_tiles_again_and_saves_none(net: Any) -> None:
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    x = torch.ones(2, WIDTH, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = net.head(x).square().sum()
+    assert 0 < sum(tensor.nbytes for tensor in saved) <= 2 * 2 * VOCABULARY * 8
+    assert WIDTH not in [tensor.shape[-1] for tensor in saved if tensor.dim() > 0]
+    before = nexus.stats(net).bytes_read
+    loss.backward()
+    tiles = nexus.plan_of(net).tile_arena_bytes
+    assert nexus.stats(net).bytes_read - before >= VOCABULARY * WIDTH * 8 - tiles
+
+
+def test_a_projection_may_be_used_by_several_threads(net: Any) -> None:
+    xs = [torch.randn(3, WIDTH, dtype=torch.float64) for _ in range(3)]
+    outcomes: list[object] = []
+
+    def attempt(x: torch.Tensor) -> None:
+        want = net.twin[0].head(x)
+        for _ in range(20):
+            outcomes.append(torch.allclose(net.head(x), want))
+
+    threads = [threading.Thread(target=attempt, args=(x,)) for x in xs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == [True] * 60
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net, x: OPS.streamed_linear(x, None, net.head._nexus_row_id, VOCABULARY + 200),
+        lambda net, x: OPS.streamed_linear(x, None, net.head._nexus_row_id, VOCABULARY - 200),
+        lambda net, x: OPS.streamed_linear(
+            x, x.new_zeros(VOCABULARY + 1), net.head._nexus_row_id, VOCABULARY
+        ),
+        lambda net, x: OPS.streamed_linear_grad(
+            x.new_zeros(2, VOCABULARY + 1), net.head._nexus_row_id, WIDTH
+        ),
+        lambda net, x: OPS.streamed_linear_grad(
+            x.new_zeros(2, VOCABULARY), net.head._nexus_row_id, WIDTH + 1
+        ),
+        lambda net, x: OPS.streamed_embedding(IDS, net.embed._nexus_row_id, WIDTH + 1, x.dtype),
+        lambda net, x: OPS.streamed_embedding(IDS, net.embed._nexus_row_id, WIDTH, torch.float16),
+    ],
+    ids=["out+", "out-", "bias+", "grad+", "in+", "dim+", "dtype"],
+)
+@pytest.mark.parametrize("tile_bytes", ["8KiB", "1MiB"])
+def test_sizes_that_are_not_the_weights_are_refused(
+    maker: Maker, call: Callable[[Any, torch.Tensor], torch.Tensor], tile_bytes: str
+) -> None:
+    """An id may come from a graph that was saved: it can name another model's weight."""
+    with (
+        maker.streamed(maker.resident(), ["head", "embed"], tile_bytes=tile_bytes) as model,
+        pytest.raises((NexusError, RuntimeError)),
+    ):
+        call(model, torch.zeros(2, WIDTH))
+
+
 def test_training_through_tiles_gives_the_same_gradients(net: Any) -> None:
     def gradient(model: Any) -> torch.Tensor:
         x = torch.ones(2, WIDTH, dtype=torch.float64, requires_grad=True)
@@ -300,6 +469,18 @@ def test_compiled_whole_and_by_blocks(net: Any, backend: str) -> None:
     assert not counters["graph_break"]
     # aot_eager runs on clones of what it mutates.
     assert (nexus.stats(net).num_cloned > 0) == (backend == "aot_eager")
+
+
+def test_compiled_blocks_look_further_ahead(maker: Maker) -> None:
+    resident = maker.resident()
+    with maker.streamed(resident, ALL, lookahead=2) as model, torch.no_grad():
+        run = torch.compile(model, backend="eager", fullgraph=True)
+        for _ in range(3):
+            assert torch.allclose(run(IDS), resident(IDS), rtol=1e-5, atol=1e-5)
+        for layer in model.layers:
+            layer.compile(backend="eager", fullgraph=True)
+        for _ in range(3):
+            assert torch.allclose(model(IDS), resident(IDS), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
@@ -366,6 +547,85 @@ def test_rows_longer_than_a_read(tmp_path: Path) -> None:
     assert torch.equal(model.embed(ids), resident.embed(ids))
 
 
+@pytest.mark.parametrize("io", ["direct", "buffered", "mmap"])
+@pytest.mark.parametrize("chance", ["short_ppm", "errno_ppm"])
+def test_long_rows_are_right_in_any_way_and_when_reads_fail(
+    tmp_path: Path, io: str, chance: str
+) -> None:
+    table = torch.randn(9, 20_001).bfloat16()  # 40002 bytes: two do not fit in one read
+    model = table_model(tmp_path, table, 0)
+    for seed in range(20):
+        try:
+            nexus.stream(
+                model,
+                tmp_path / "odd.safetensors",
+                by_rows="embed",
+                io=io,
+                faults=Faults(seed=seed, **{chance: 300_000}),
+            )
+            break
+        except ReadError:
+            continue  # a resident group could not be read
+    for _ in range(6):
+        ids = torch.randint(0, 9, (7,))
+        assert torch.equal(model.embed(ids), table[ids])
+    assert (nexus.stats(model).num_row_retries > 0) == (io != "mmap")
+    nexus.close(model)
+
+
+def table_model(folder: Path, table: torch.Tensor, phase: int) -> Any:
+    """A model with this table, in a file whose tensors begin `phase` bytes past a multiple of 16.
+
+    The usual writer would align them.
+    """
+
+    class Tables(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(*table.shape, dtype=table.dtype)
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    model = Tables().requires_grad_(False)
+    model.embed.weight.copy_(table)
+    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64"}
+    header, data = {}, b""
+    for name, tensor in model.state_dict().items():
+        begin = len(data)
+        data += tensor.view(torch.uint8).numpy().tobytes()
+        header[name] = {
+            "dtype": kinds[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, len(data)],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * ((phase - 8 - len(text)) % 16)
+    path = folder / "odd.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return model
+
+
+@pytest.mark.parametrize("io", ["direct", "buffered", "mmap"])
+@pytest.mark.parametrize("phase", [0, 1, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rows_at_odd_offsets_are_right(
+    tmp_path: Path, io: str, phase: int, dtype: torch.dtype
+) -> None:
+    table = torch.randn(300, 33).to(dtype)
+    model = table_model(tmp_path, table, phase)
+    nexus.stream(model, tmp_path / "odd.safetensors", by_rows="embed", io=io)
+    ids = torch.cat([torch.arange(300), torch.randint(0, 300, (50,))])
+    assert torch.equal(model.embed(ids), table[ids])
+    nexus.close(model)
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([1.7, 2.2]), torch.tensor([True])])
+def test_ids_that_are_no_integers_are_refused_as_ever(net: Any, ids: torch.Tensor) -> None:
+    with pytest.raises(RuntimeError, match="scalar types: Long, Int"):
+        net.twin[0].embed(ids)
+    with pytest.raises((NexusError, RuntimeError)):
+        net.embed(ids)
+
+
 @pytest.mark.parametrize("bad", [-1, VOCABULARY, 2**40])
 def test_an_id_without_a_row_is_refused(net: Any, bad: int) -> None:
     with pytest.raises(StreamError, match=r"must lie in \[0, 700\), got"):
@@ -407,6 +667,38 @@ def test_a_file_that_changed_is_noticed(maker: Maker, tmp_path: Path) -> None:
         model.embed(IDS)
 
 
+@pytest.mark.parametrize("io", ["direct", "buffered", "mmap"])
+def test_a_file_that_was_written_to_is_noticed(maker: Maker, io: str) -> None:
+    resident = maker.resident()
+    with maker.streamed(resident, "embed", io=io) as model:
+        assert torch.equal(model.embed(IDS), resident.embed(IDS))
+        (entry,) = model._nexus.streamer._tables
+        with open(maker.path, "r+b") as file:
+            file.seek(entry.offset)
+            file.write(bytes(entry.nbytes))
+        with pytest.raises(CheckpointChanged, match="was written to"):
+            model.embed(IDS)
+
+
+@pytest.mark.parametrize("io", ["direct", "buffered"])  # mapped, it kills: see README
+@pytest.mark.parametrize(
+    ("num_left", "ids", "kind"),
+    [
+        (350, [0, 699], TruncatedCheckpoint),
+        (699.5, [699], TruncatedCheckpoint),
+        (350, [0, 1], CheckpointChanged),
+    ],
+)
+def test_a_file_that_was_cut_is_noticed(
+    maker: Maker, io: str, num_left: float, ids: list[int], kind: type[NexusError]
+) -> None:
+    with maker.streamed(maker.resident(), "embed", io=io) as model:
+        (entry,) = model._nexus.streamer._tables
+        os.truncate(maker.path, entry.offset + int(num_left * WIDTH * 4))
+        with pytest.raises(kind):
+            model.embed(torch.tensor(ids))
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -422,6 +714,32 @@ def test_what_cannot_be_read_by_rows_is_named(maker: Maker, by_rows: Any, messag
     resident = maker.resident()
     with pytest.raises(StreamError, match=message):
         nexus.stream(resident, maker.path, budget="1GiB", by_rows=by_rows)
+
+
+def test_a_convolution_cannot_be_read_by_rows(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv1d(4, 4, 1), *(nn.Linear(4, 4) for _ in range(3)))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(StreamError, match=r"'0' is a Conv1d\. Leave it out"):
+        nexus.stream(model, tmp_path, by_rows="0", budget="1GiB")
+
+
+def test_who_takes_the_weight_past_forward_is_told(tmp_path: Path) -> None:
+    """As attention does: it computes with its output projection's weight."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(WIDTH, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x, x)[0]
+
+    model = nn.Sequential(*(Attention() for _ in range(3))).requires_grad_(False)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    nexus.stream(model, tmp_path, by_rows="*.out_proj", budget="1GiB")
+    with pytest.raises(StreamError, match=r"out_proj\.weight"):
+        model(torch.zeros(2, 3, WIDTH))
+    nexus.close(model)
 
 
 def test_an_embedding_that_changes_its_rows_is_refused(maker: Maker) -> None:
@@ -472,3 +790,38 @@ def test_inputs_of_another_dtype_are_refused_but_under_autocast(maker: Maker) ->
             got, want = model.head(x), resident.head(x)
         assert got.dtype == want.dtype == torch.bfloat16
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("tile_bytes", ["1MiB", "4KiB"])
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_does_what_it_does_to_the_resident_model(
+    maker: Maker, dtype: torch.dtype, lower: torch.dtype, tile_bytes: str
+) -> None:
+    """float64 it leaves alone."""
+    resident = maker.resident(dtype)
+    with maker.streamed(resident, ALL, tile_bytes=tile_bytes) as model:
+        x = torch.randn(3, WIDTH, dtype=dtype)
+        for ours, theirs in (
+            (model.layers[0].up, resident.layers[0].up),
+            (model.head, resident.head),
+        ):
+            with torch.autocast("cpu", lower):
+                got, want = ours(x), theirs(x)
+            assert got.dtype == want.dtype
+            near = torch.finfo(want.dtype).eps
+            assert torch.allclose(got, want, rtol=near, atol=near)
+            assert tile_bytes == "4KiB" or torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_compiled_under_autocast_too(maker: Maker, backend: str, has_bias: bool) -> None:
+    resident = maker.resident()
+    with maker.streamed(resident, ALL, tile_bytes="1MiB") as model, torch.no_grad():
+        ours = model.layers[0].up if has_bias else model.head
+        theirs = resident.layers[0].up if has_bias else resident.head
+        x = torch.randn(3, WIDTH)
+        with torch.autocast("cpu", torch.bfloat16):
+            run = torch.compile(lambda x: ours(torch.tanh(x)), backend=backend, fullgraph=True)
+            assert torch.equal(run(x), theirs(torch.tanh(x)))

@@ -650,7 +650,6 @@ def test_reads_that_fail_in_backward_are_typed_and_the_next_step_is_right(
                 outcomes[torch.equal(x.grad, want)] += 1
         nexus.close(streamed)
     assert outcomes.keys() == {True, "failed"}
-    assert min(outcomes.values()) > 5
 
 
 def test_failed_reads_are_typed_and_the_next_step_is_right(pair: Any, tmp_path: Path) -> None:
@@ -706,9 +705,49 @@ def test_forward_in_another_thread_during_backward_is_right_or_refused(pair: Any
     assert torch.equal(gradient(streamed), want_grad)
 
 
+class Direct(nn.Module):
+    """Another thread may break in before it computes with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(24, 24) / 5)
+        self.breaks_in: Callable[[], None] = lambda: None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.breaks_in()
+        return torch.tanh(x @ self.weight)
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_a_thread_that_is_refused_does_not_disturb_the_first(
+    tmp_path: Path, has_gradients: bool
+) -> None:
+    resident = nn.Sequential(*(Direct() for _ in range(NUM_LAYERS))).requires_grad_(False)
+    save_file(resident.state_dict(), tmp_path / "direct.safetensors")
+    streamed = copy.deepcopy(resident)
+    nexus.stream(streamed, tmp_path / "direct.safetensors", budget=2 * 2560, io="direct")
+    refused: list[str] = []
+
+    def use_another_block() -> None:
+        with pytest.raises(ThreadConflict) as conflict:
+            streamed[5](X)
+        refused.append(str(conflict.value))
+
+    def break_in() -> None:
+        thread = threading.Thread(target=use_another_block)
+        thread.start()
+        thread.join()
+
+    streamed[3].breaks_in = break_in
+    with torch.set_grad_enabled(has_gradients):
+        assert torch.equal(streamed(X), resident(X))
+    assert len(refused) == 1
+
+
 def test_backward_in_several_threads_is_right_or_refused(pair: Any) -> None:
     resident, streamed = pair
-    want, outcomes = gradient(resident), []
+    want = gradient(resident)
+    outcomes: list[object] = []
 
     def attempt() -> None:
         for _ in range(20):
@@ -716,6 +755,8 @@ def test_backward_in_several_threads_is_right_or_refused(pair: Any) -> None:
                 outcomes.append(torch.equal(gradient(streamed), want))
             except ThreadConflict:
                 outcomes.append("refused")
+            except Exception as error:
+                outcomes.append(repr(error))
 
     threads = [threading.Thread(target=attempt) for _ in range(3)]
     for thread in threads:
@@ -723,7 +764,7 @@ def test_backward_in_several_threads_is_right_or_refused(pair: Any) -> None:
     for thread in threads:
         thread.join()
     assert len(outcomes) == 60
-    assert False not in outcomes
+    assert set(outcomes) <= {True, "refused"}
     assert True in outcomes
     assert torch.equal(gradient(streamed), want)
 

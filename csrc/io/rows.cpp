@@ -61,10 +61,10 @@ void RowReader::read(File& file, const Table& table, std::span<const int64_t> ro
                   file.mapping() + table.offset + want.row * table.row_bytes,
                   static_cast<size_t>(table.row_bytes));
     }
-    return;
+  } else {
+    reserve_slots(file, table.row_bytes);
+    serve(file, table, runs_of(file, table, wanted), out);
   }
-  reserve_slots(file, table.row_bytes);
-  serve(file, table, runs_of(file, table, wanted), out);
   file.check_unchanged();
 }
 

@@ -8,14 +8,22 @@ namespace {
 // Passes remembered besides the declared ones; more would only find the same answer later.
 constexpr size_t kPasses = 4;
 
+// What stands before it in history was not followed by what stands behind it.
+constexpr int kBreak = -1;
+
 }  // namespace
 
 Order::Order(std::vector<int> declared) : declared_(std::move(declared)) {
-  for (const int group : declared_) visit(group);
-  for (size_t i = declared_.size(); i-- > 0;) visit(declared_[i]);
-  for (int pass = 0; pass < 2; ++pass) {
+  const auto forward = [this] {
     for (const int group : declared_) visit(group);
+  };
+  for (int step = 0; step < 2; ++step) {
+    forward();
+    for (size_t i = declared_.size(); i-- > 0;) visit(declared_[i]);
   }
+  visit(kBreak);
+  forward();
+  forward();
   num_kept_ = history_.size();
   longest_ = num_kept_ + 2 * kPasses * declared_.size();
 }
@@ -40,6 +48,7 @@ void Order::predict(size_t count, std::vector<int>& groups) const {
   const size_t period = now - place;
   for (size_t step = 0; step < period && groups.size() < count; ++step) {
     const int group = history_[place + 1 + step];
+    if (group == kBreak) break;
     if (group == history_[now]) continue;
     if (std::find(groups.begin(), groups.end(), group) == groups.end()) groups.push_back(group);
   }
@@ -51,7 +60,7 @@ size_t Order::likeliest_place() const {
   size_t best = 0;
   size_t longest = 0;
   for (size_t place = now; place-- > 0;) {
-    if (history_[place] != history_[now]) continue;
+    if (history_[place] != history_[now] || history_[place + 1] == kBreak) continue;
     const size_t length = equal_before(place);
     if (length > longest) {
       longest = length;

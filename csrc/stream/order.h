@@ -5,8 +5,8 @@
 // use was acquired, the one with the longest run of equal groups before it, and of equals the
 // latest. A forward pass, a training step (forward, then back), a decoder that runs without its
 // encoder and a block that is called twice are all just sequences that came before. History begins
-// with the declared order, once and back and twice again, so that the first pass, the first
-// backward pass and the first wrap-around are no surprises.
+// with two training steps (the declared order and back) and, unconnected to them, two passes: the
+// first pass, the first wrap-around and all but the first turn of training are no surprises.
 #pragma once
 
 #include <cstddef>
