@@ -59,9 +59,22 @@ GroupId group_id_of(const Tensor& group_id) {
   return unpack_group_id(*static_cast<const int64_t*>(group_id.const_data_ptr()));
 }
 
+// Runs what a graph may have called.
+template <typename Action>
+void noting_failure(const Action& action) {
+  try {
+    action();
+  } catch (const std::exception& error) {
+    note_failure(error.what());
+    throw;
+  }
+}
+
 void acquire_group(const Tensor& arena, const Tensor& group_id, bool hold) {
-  const GroupId id = group_id_of(group_id);
-  find_engine(id.engine)->acquire(id.group, bytes_of(arena), arena.numel(), hold);
+  noting_failure([&] {
+    const GroupId id = group_id_of(group_id);
+    find_engine(id.engine)->acquire(id.group, bytes_of(arena), arena.numel(), hold);
+  });
 }
 
 // `dep` orders the call after the computation that produced it; its values are not looked at.
@@ -74,8 +87,10 @@ void acquire_held_(const Tensor& arena, const Tensor&, const Tensor&, const Tens
 }
 
 void release_(const Tensor&, const Tensor&, std::vector<Tensor>, const Tensor& group_id) {
-  const GroupId id = group_id_of(group_id);
-  find_engine(id.engine)->release(id.group);
+  noting_failure([&] {
+    const GroupId id = group_id_of(group_id);
+    find_engine(id.engine)->release(id.group);
+  });
 }
 
 int64_t engine_group_id(int64_t engine, int64_t group) {

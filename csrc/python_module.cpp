@@ -3,6 +3,8 @@
 
 #include <Python.h>
 
+#include <utility>
+
 namespace nexus {
 namespace {
 
@@ -16,9 +18,19 @@ PyObject* take_interrupt(PyObject*, PyObject*) {
   return taken;
 }
 
-PyMethodDef methods[] = {{"take_interrupt", take_interrupt, METH_NOARGS,
-                          "The exception of the signal handler that ended a wait, or None."},
-                         {nullptr, nullptr, 0, nullptr}};
+thread_local std::string failure;
+
+PyObject* take_failure(PyObject*, PyObject*) {
+  const std::string taken = std::exchange(failure, {});
+  return PyUnicode_FromStringAndSize(taken.data(), static_cast<Py_ssize_t>(taken.size()));
+}
+
+PyMethodDef methods[] = {
+    {"take_interrupt", take_interrupt, METH_NOARGS,
+     "The exception of the signal handler that ended a wait, or None."},
+    {"take_failure", take_failure, METH_NOARGS,
+     "What the last acquire or release of this thread that failed said; empty if none did."},
+    {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT,
                       "_native",
@@ -31,6 +43,8 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT,
                       nullptr};
 
 }  // namespace
+
+void note_failure(const std::string& text) { failure = text; }
 
 bool check_python_signals() {
   if (!Py_IsInitialized()) return false;

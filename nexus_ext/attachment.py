@@ -444,7 +444,8 @@ def reading(name: str) -> Reader:
 
     def read(self: Any) -> torch.Tensor:
         stand_in: torch.Tensor = self._parameters[name]
-        if not isinstance(stand_in, StandIn) and not torch.compiler.is_exporting():
+        # Not is_exporting(): in dynamo, before torch 2.12, that is always true.
+        if not isinstance(stand_in, StandIn) and not torch.compiler._is_exporting_flag:
             return stand_in  # put there for one call, by torch.func.functional_call
         slot: GroupSlot = self._nexus_slot
         if torch.compiler.is_compiling():

@@ -155,7 +155,7 @@ def _lookup(kind: type[Any], id_: torch.Tensor) -> Any:
 
 
 def _check(what: str, rule: object, got: object) -> None:
-    """An id can come from a graph that was saved, and name a weight that the graph does not mean."""
+    """An id can come from a graph that was saved, and name a weight that it does not mean."""
     if got != rule:
         raise StreamError(
             f"{what} of this weight must be {rule}, got {got}. The id names another weight than "

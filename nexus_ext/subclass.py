@@ -60,7 +60,8 @@ class _RowsLinear(nn.Linear):
     """Stands where nn.Linear stood among the bases: a subclass's forward still comes first."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        x, bias = input, self.bias
+        x = input
+        bias: torch.Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import aoti_compile_and_package
 
 import nexus_ext as nexus
-from nexus_ext.errors import StreamError
+from nexus_ext.errors import EngineClosed, StreamError
 from tests.test_ops import WIDTH, Pair, X, compile_blocks, llama, stack
 
 NUM_BLOCKS = 7
@@ -264,7 +264,7 @@ with torch.no_grad():
 def test_a_package_of_a_closed_model_says_so(pair: Pair, package: str) -> None:
     run = nexus.load_package(package, pair.streamed.blocks[3])
     nexus.close(pair.streamed)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(EngineClosed):
         run(X)
 
 
