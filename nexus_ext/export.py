@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nexus_ext import _native, ops
+from nexus_ext import ops
 from nexus_ext.attachment import GroupSlot
-from nexus_ext.errors import StreamError, from_native
+from nexus_ext.errors import StreamError
 
 __all__ = ["export", "load_package"]
 
@@ -69,16 +69,7 @@ def load_package(path: str | os.PathLike[str], block: nn.Module) -> Any:
             f"{', '.join(names) or 'none'}. Export and compile the block again."
         )
     package.load_constants(wanted, check_full_update=False, user_managed=True)
-    return functools.partial(_run_package, package)
-
-
-def _run_package(package: Any, *args: Any, **kwargs: Any) -> Any:
-    """Before torch 2.12, generated code goes on after an op has failed: nobody else would know."""
-    _native.take_failure()
-    result = ops.call(package, *args, **kwargs)
-    if failure := _native.take_failure():
-        raise from_native(RuntimeError(failure))
-    return result
+    return functools.partial(ops.call_checked, package)
 
 
 def _slot_of(block: nn.Module) -> GroupSlot:

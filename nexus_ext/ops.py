@@ -13,7 +13,7 @@ import torch
 from nexus_ext import _native
 from nexus_ext.errors import from_native
 
-__all__ = ["acquire_", "call", "native"]
+__all__ = ["acquire_", "call", "call_checked", "native"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -67,6 +67,17 @@ def call(op: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if typed is error:
             raise
         raise typed from None
+
+
+def call_checked(run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """As `call`, for code that goes on after an op of it has failed, and says nothing: that which
+    AOTInductor generates, before torch 2.12.
+    """
+    _native.take_failure()
+    result = call(run, *args, **kwargs)
+    if failure := _native.take_failure():
+        raise from_native(RuntimeError(failure))
+    return result
 
 
 _acquire: Any = native.acquire_.default

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "layout": {"blocks", "checkpoint", "errors"},
     "attachment": {"checkpoint", "errors", "ops", "streamer"},
     "subclass": {"attachment", "errors", "ops"},
-    "export": {"attachment", "errors"},
+    "export": {"attachment", "errors", "ops"},
     "module": {
         "attachment",
         "checkpoint",
