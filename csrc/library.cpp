@@ -21,6 +21,7 @@
 #include "io/measure.h"
 #include "io/page_cache.h"
 #include "python_module.h"
+#include "quant/codec.h"
 #include "stream/registry.h"
 
 using torch::stable::Tensor;
@@ -249,6 +250,51 @@ STABLE_TORCH_LIBRARY(nexus, m) {
   // The rows of a table [num, dim] that `ids` (int32 or int64, any shape) name: [*ids.shape, dim].
   m.def("streamed_embedding(Tensor ids, Tensor table_id, SymInt dim, ScalarType dtype) -> Tensor");
 
+  // Pure: packed weights and back; nexus_ext/quant/reference.py says what each computes. q: bytes,
+  // two codes in each (the first in the high half), over the flattened weight; absmax: float32, one
+  // for `blocksize` elements; code: what the sixteen codes mean, by default NormalFloat's; dtype:
+  // float32, float16 or bfloat16. CPU kernels: csrc/quant/ops.cpp, others:
+  // nexus_ext/quant/registration.py.
+  m.def(
+      "dequantize_nf4(Tensor q, Tensor absmax, int blocksize, SymInt[] shape, ScalarType dtype, "
+      "Tensor? code=None) -> Tensor");
+  m.def(
+      "dequantize_nf4.out(Tensor q, Tensor absmax, int blocksize, SymInt[] shape, "
+      "ScalarType dtype, Tensor? code=None, *, Tensor(a!) out) -> ()");
+  // absmax: uint8, numbers of nested_code [256]; nested_absmax: float32, one for
+  // `nested_blocksize` of them; nested_offset: float32, one element.
+  m.def(
+      "dequantize_nf4_nested(Tensor q, Tensor absmax, Tensor nested_absmax, Tensor nested_code, "
+      "Tensor nested_offset, int blocksize, int nested_blocksize, SymInt[] shape, "
+      "ScalarType dtype, Tensor? code=None) -> Tensor");
+  m.def(
+      "dequantize_nf4_nested.out(Tensor q, Tensor absmax, Tensor nested_absmax, "
+      "Tensor nested_code, Tensor nested_offset, int blocksize, int nested_blocksize, "
+      "SymInt[] shape, ScalarType dtype, Tensor? code=None, *, Tensor(a!) out) -> ()");
+  // Weights of one shape that lie in one arena (uint8): offsets (int64) [num_units, 2] in bytes, of
+  // q and absmax, or [num_units, 3], of q, absmax and nested_absmax. [num_units, *unit_shape].
+  m.def(
+      "dequantize_nf4_grouped(Tensor arena, Tensor offsets, Tensor? nested_code, "
+      "Tensor? nested_offsets, int blocksize, int nested_blocksize, SymInt num_units, "
+      "SymInt[] unit_shape, ScalarType dtype, Tensor? code=None) -> Tensor");
+  // q: int8 [out, in]; scale: float32, for each row or each of equal parts of the rows.
+  m.def("dequantize_int8(Tensor q, Tensor scale, ScalarType dtype, float divisor=127.) -> Tensor");
+  m.def(
+      "dequantize_int8.out(Tensor q, Tensor scale, ScalarType dtype, float divisor=127., *, "
+      "Tensor(a!) out) -> ()");
+  m.def("quantize_nf4(Tensor weight, int blocksize) -> (Tensor, Tensor)");
+  m.def("quantize_nf4_nested(Tensor weight, int blocksize) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("quantize_int8(Tensor weight) -> (Tensor, Tensor)");
+  // linear(x, decoded weight, bias), without a decoded weight in memory.
+  m.def(
+      "nf4_linear(Tensor x, Tensor q, Tensor absmax, Tensor? bias, int blocksize, "
+      "SymInt out_features, Tensor? code=None, Tensor? nested_absmax=None, "
+      "Tensor? nested_code=None, Tensor? nested_offset=None, int nested_blocksize=256) -> Tensor");
+  m.def(
+      "int8_linear(Tensor x, Tensor q, Tensor scale, Tensor? bias, float divisor=127.) -> Tensor");
+  // Which instructions decode on the CPU; a test may choose worse ones.
+  m.def("use_codec(str name) -> str");
+
   // stamps: device, inode, size, mtime_ns per path. faults: the fields of FaultPlan, or empty.
   m.def(
       "engine_open(str[] paths, int[] stamps, str io, bool allow_uring, bool trailing_drop, "
@@ -299,6 +345,7 @@ STABLE_TORCH_LIBRARY_IMPL(nexus, CompositeExplicitAutograd, m) {
   m.impl("engine_map", TORCH_BOX(&nexus::engine_map));
   m.impl("engine_stats", TORCH_BOX(&nexus::engine_stats));
   m.impl("engine_close", TORCH_BOX(&nexus::engine_close));
+  m.impl("use_codec", TORCH_BOX(&nexus::use_codec));
   m.impl("measure_read", TORCH_BOX(&nexus::measure));
   m.impl("cached_bytes", TORCH_BOX(&nexus::file_cached_bytes));
 }

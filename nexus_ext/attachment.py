@@ -19,7 +19,7 @@ import contextlib
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ from torch import nn
 from nexus_ext import ops
 from nexus_ext.checkpoint import Group, Member
 from nexus_ext.errors import StreamError, ThreadConflict
+from nexus_ext.quant.formats import PackedWeight
+from nexus_ext.quant.packing import Packing
 from nexus_ext.streamer import Streamer
 
 __all__ = [
@@ -36,7 +38,10 @@ __all__ = [
     "GroupSlot",
     "StandIn",
     "attachment_of",
+    "part_name",
+    "parts_of",
     "reading",
+    "reading_packed",
     "tensors_in",
     "views",
 ]
@@ -118,6 +123,11 @@ class StandIn(nn.Parameter):
         )
 
 
+def part_name(weight: str, part: str) -> str:
+    """What a part of a packed weight is called among the members of a block."""
+    return f"{weight}:{part}"
+
+
 def _own_tensor(arena: torch.Tensor) -> torch.Tensor:
     """The same memory under a storage of its own.
 
@@ -134,7 +144,12 @@ class GroupSlot:
     """
 
     def __init__(
-        self, attachment: Attachment, block: nn.Module, index: int, members: dict[str, Member]
+        self,
+        attachment: Attachment,
+        block: nn.Module,
+        index: int,
+        members: dict[str, Member],
+        packed: dict[str, PackedWeight],
     ) -> None:
         self._block = weakref.ref(block)
         streamer = attachment.streamer
@@ -144,10 +159,16 @@ class GroupSlot:
         self.is_resident = streamer.is_resident(index)
         self.life = attachment.life
         self.is_open = False  # while it is traced
-        # Which weight is where, by its name in the block, and the same as one text: a graph holds
-        # for every block that says the same.
+        # Which weight, or part of one, is where, by its name in the block, and the same as one
+        # text: a graph holds for every block that says the same.
         self._members = members
-        self.layout = repr([(name, m.offset, m.dtype, m.shape) for name, m in members.items()])
+        self._packed = packed
+        self.layout = repr(
+            [
+                *((name, m.offset, m.dtype, m.shape) for name, m in members.items()),
+                *((name, weight.packing) for name, weight in packed.items()),
+            ]
+        )
         self._address = self.arena.untyped_storage().data_ptr()
 
     @property
@@ -157,6 +178,26 @@ class GroupSlot:
     def view(self, name: str) -> torch.Tensor:
         """The weight of this name, over the arena."""
         return _view(self.arena, self._members[name])
+
+    def parts(self, name: str) -> dict[str, torch.Tensor]:
+        """The parts of the packed weight of this name: over the arena, and constants."""
+        weight = self._packed[name]
+        return {part: self.view(part_name(name, part)) for part in weight.parts} | dict(
+            weight.constants
+        )
+
+    def compiled_view(self, name: str) -> torch.Tensor:
+        """The same as `view`, in a graph."""
+        begin, end, dtype, shape = self.place(name)
+        return self.arena[begin:end].view(dtype).view(shape)
+
+    def compiled_parts(self, name: str) -> dict[str, torch.Tensor]:
+        """The same as `parts`, in a graph."""
+        weight = self._packed[name]
+        parts = {part: self.compiled_view(part_name(name, part)) for part in weight.parts}
+        for part, tensor in weight.constants.items():
+            parts[part] = tensor
+        return parts
 
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
     def place(self, name: str) -> tuple[int, int, torch.dtype, tuple[int, ...]]:
@@ -443,20 +484,54 @@ def reading(name: str) -> Reader:
     """How a module reads its parameter `name`; see Note [Where a streamed parameter is]."""
 
     def read(self: Any) -> torch.Tensor:
-        stand_in: torch.Tensor = self._parameters[name]
-        # Not is_exporting(): in dynamo, before torch 2.12, that is always true.
-        if not isinstance(stand_in, StandIn) and not torch.compiler._is_exporting_flag:
-            return stand_in  # put there for one call, by torch.func.functional_call
+        if not _is_away(self, name):
+            return self._parameters[name]  # type: ignore[no-any-return]
         slot: GroupSlot = self._nexus_slot
         if torch.compiler.is_compiling():
-            begin, end, dtype, shape = slot.place(f"{self._nexus_path}.{name}")
-            weight: torch.Tensor = slot.arena[begin:end].view(dtype).view(shape)
-            return weight
-        # A part of the block may be computed once more in backward, if it was checkpointed.
-        if not slot.is_live and _graph_task() != -1:
-            slot.acquire_for_backward()
-        if slot.is_live:
+            return slot.compiled_view(f"{self._nexus_path}.{name}")
+        if _is_there(slot):
             return self._nexus_tensors[name]  # type: ignore[no-any-return]
-        return stand_in
+        return self._parameters[name]  # type: ignore[no-any-return]
 
     return read
+
+
+def reading_packed(name: str) -> Reader:
+    """The same for a packed parameter: a new tensor, decoded each time it is read."""
+
+    def read(self: Any) -> torch.Tensor:
+        stand_in: torch.Tensor = self._parameters[name]
+        parts = parts_of(self, name)
+        if parts is None:
+            return stand_in
+        packing: Packing = self._nexus_packed[name]
+        return packing.decode(parts, stand_in.dtype)
+
+    return read
+
+
+def parts_of(module: Any, name: str) -> Mapping[str, torch.Tensor] | None:
+    """The parts of a packed parameter, or None if there are none to read now."""
+    if not _is_away(module, name):
+        return None
+    slot: GroupSlot | None = module.__dict__.get("_nexus_slot")
+    if slot is not None and torch.compiler.is_compiling():
+        return slot.compiled_parts(f"{module._nexus_path}.{name}")
+    if slot is None or _is_there(slot):  # outside the blocks it is always there
+        return module._nexus_tensors[name]  # type: ignore[no-any-return]
+    return None
+
+
+def _is_away(module: Any, name: str) -> bool:
+    """Whether a stand-in stands for the parameter; else it was put there for one call, by
+    torch.func.functional_call.
+    """
+    # Not is_exporting(): in dynamo, before torch 2.12, that is always true.
+    return isinstance(module._parameters[name], StandIn) or torch.compiler._is_exporting_flag
+
+
+def _is_there(slot: GroupSlot) -> bool:
+    # A part of the block may be computed once more in backward, if it was checkpointed.
+    if not slot.is_live and _graph_task() != -1:
+        slot.acquire_for_backward()
+    return slot.is_live

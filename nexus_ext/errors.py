@@ -11,6 +11,8 @@
     │   ├── TruncatedCheckpoint     the file ends before the byte that was expected
     │   ├── CheckpointChanged       a file was replaced or modified while it was streamed
     │   └── CorruptCheckpoint       bytes differ from their recorded digest
+    ├── QuantizationError       packed tensors that do not belong together, weights that cannot be
+    │                           packed (also a ValueError)
     └── EngineError             the native engine could not do what was asked
         ├── ReadError           the disk answered with an error (also an OSError)
         ├── EngineClosed        the engine was closed before
@@ -37,6 +39,7 @@ __all__ = [
     "ForkedEngine",
     "MissingExtra",
     "NexusError",
+    "QuantizationError",
     "ReadError",
     "StreamError",
     "ThreadConflict",
@@ -87,6 +90,10 @@ class CheckpointChanged(CheckpointError):
 
 class CorruptCheckpoint(CheckpointError):
     """Bytes differ from their recorded digest."""
+
+
+class QuantizationError(NexusError, ValueError):
+    """Packed tensors that do not belong together, or weights that cannot be packed."""
 
 
 class EngineError(NexusError):

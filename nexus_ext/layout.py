@@ -11,6 +11,7 @@ from torch import nn
 from nexus_ext.blocks import find_blocks
 from nexus_ext.checkpoint import Checkpoint, Entry, Group
 from nexus_ext.errors import CheckpointMismatch, StreamError
+from nexus_ext.quant.formats import PackedWeight, PackedWeights
 
 __all__ = ["Layout", "lay_out"]
 
@@ -29,9 +30,10 @@ def lay_out(
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     kept = _matching(parameters, keep, "keep must name a parameter", parameters)
     tensors = {name: tensor for name, tensor in _named_tensors(model).items() if name not in kept}
-    source = _match(tensors, checkpoint, rename or (lambda name: name), strict)
+    source, packed = _match(tensors, checkpoint, rename or (lambda name: name), strict)
     _refuse_unfilled(model)
-    return Layout(model, find_blocks(model, groups), checkpoint, tensors, source, by_rows)
+    blocks = find_blocks(model, groups)
+    return Layout(model, blocks, checkpoint, tensors, source, packed, by_rows)
 
 
 class Layout:
@@ -40,6 +42,7 @@ class Layout:
     Attributes:
         tensors: By every name they have.
         source: The checkpoint's name for each.
+        packed: How those are packed that are not in the checkpoint as they are in the model.
         blocks, groups, grouped: Name and module, group, and names of the tensors, by block.
         by_rows: Modules whose weight is read by rows, and where that stands.
         outside: Everything else.
@@ -53,11 +56,13 @@ class Layout:
         checkpoint: Checkpoint,
         tensors: dict[str, torch.Tensor],
         source: dict[str, str],
+        packed: dict[str, PackedWeight],
         by_rows: str | Iterable[str],
     ) -> None:
         self.model = model
         self.tensors = tensors
         self.source = source
+        self.packed = packed
         self.by_rows = self._read_by_rows(by_rows, checkpoint)
         self.blocks: list[tuple[str, nn.Module]] = []
         self.groups: list[Group] = []
@@ -69,13 +74,20 @@ class Layout:
                 f"Streaming needs blocks with weights of their own; those of {type(model).__name__}"
                 " share all of theirs. Name others: stream(..., groups=['encoder.layer'])."
             )
-        rest = {self.source[name] for name in self.names_outside()}
-        self.outside = checkpoint.group("outside", rest)
+        self.outside = checkpoint.group("outside", self._stored(self.names_outside()))
 
     def names_outside(self) -> list[str]:
         """Tensors of the checkpoint that are neither in a group nor read by rows."""
         inside = self._row_names().union(*self.grouped)
         return [name for name in self.source if name not in inside]
+
+    def _stored(self, names: Iterable[str]) -> set[str]:
+        """The checkpoint's names of all bytes that these tensors need."""
+        found = set()
+        for name in names:
+            weight = self.packed.get(name)
+            found |= set(weight.parts.values()) if weight else {self.source[name]}
+        return found
 
     @property
     def projections(self) -> list[Entry]:
@@ -129,6 +141,10 @@ class Layout:
                     f"by_rows reads weights from the checkpoint; that of {name!r} is computed or "
                     "kept. Leave it out."
                 )
+            if f"{name}.weight" in self.packed:
+                raise StreamError(
+                    f"by_rows reads plain weights, and that of {name!r} is packed. Leave it out."
+                )
             found.append((module, checkpoint.entries[self.source[f"{name}.weight"]]))
         self._check_tied(names)
         return found
@@ -148,7 +164,7 @@ class Layout:
     def _add_block(self, name: str, block: nn.Module, checkpoint: Checkpoint) -> None:
         """Make the block a group, if it has bytes that are its alone: else nothing would move."""
         names = self._own_names(name, block)
-        group = checkpoint.group(name, {self.source[tensor] for tensor in names})
+        group = checkpoint.group(name, self._stored(names))
         if group.nbytes == 0:
             return
         self.blocks.append((name, block))
@@ -235,11 +251,13 @@ def _match(
     checkpoint: Checkpoint,
     rename: Callable[[str], str],
     strict: bool,
-) -> dict[str, str]:
-    """The checkpoint's name for every tensor of the model.
+) -> tuple[dict[str, str], dict[str, PackedWeight]]:
+    """The checkpoint's name for every tensor of the model, and how it is packed there, if it is.
 
     A tied tensor is found under any of its names. A buffer with a value may be missing.
     """
+    packed_weights = PackedWeights(checkpoint)
+    packed: dict[str, PackedWeight] = {}
     names_of: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names_of.setdefault(id(tensor), []).append(name)
@@ -250,17 +268,25 @@ def _match(
         found = [rename(name) for name in names if rename(name) in checkpoint.entries]
         if found:
             source |= dict.fromkeys(names, found[0])
+            if not _is_same_kind(tensor, checkpoint.entries[found[0]]):
+                weight = packed_weights.find(found[0])
+                packed |= dict.fromkeys(names, weight) if weight else {}
         elif isinstance(tensor, nn.Parameter) or tensor.is_meta:
             missing.append(names[0])
-    used = {rename(name) for name in source}
+    used = {rename(name) for name in source}.union(*(w.names for w in packed.values()))
     unexpected = [name for name in checkpoint.entries if name not in used] if strict else []
-    _refuse_mismatch(tensors, source, checkpoint, missing, unexpected)
-    return source
+    _refuse_mismatch(tensors, source, packed, checkpoint, missing, unexpected)
+    return source, packed
+
+
+def _is_same_kind(tensor: torch.Tensor, entry: Entry) -> bool:
+    return entry.shape == tuple(tensor.shape) and entry.dtype == tensor.dtype
 
 
 def _refuse_mismatch(
     tensors: dict[str, torch.Tensor],
     source: dict[str, str],
+    packed: dict[str, PackedWeight],
     checkpoint: Checkpoint,
     missing: list[str],
     unexpected: list[str],
@@ -272,7 +298,14 @@ def _refuse_mismatch(
         problems.append(f"the model lacks {_listed(unexpected)} (strict=False ignores these)")
     for name, entry_name in source.items():
         entry, tensor = checkpoint.entries[entry_name], tensors[name]
-        if entry.shape != tuple(tensor.shape) or entry.dtype != tensor.dtype:
+        if name in packed:
+            shape = packed[name].packing.shape
+            if shape != tuple(tensor.shape):
+                problems.append(
+                    f"{name} is {list(tensor.shape)} in the model and {list(shape)}, packed, in "
+                    f"{checkpoint.files[entry.file].path} at offset {entry.offset}"
+                )
+        elif not _is_same_kind(tensor, entry):
             problems.append(
                 f"{name} is {_kind(tensor.dtype, tensor.shape)} in the model and "
                 f"{_kind(entry.dtype, entry.shape)} in {checkpoint.files[entry.file].path} at "

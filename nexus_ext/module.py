@@ -18,9 +18,10 @@ from nexus_ext.attachment import (
     GroupSlot,
     StandIn,
     attachment_of,
+    part_name,
     views,
 )
-from nexus_ext.checkpoint import Checkpoint, Member
+from nexus_ext.checkpoint import Checkpoint, Group, Member
 from nexus_ext.config import StreamConfig
 from nexus_ext.engine import Faults
 from nexus_ext.errors import ConfigError, StreamError
@@ -28,6 +29,7 @@ from nexus_ext.layout import Layout, lay_out
 from nexus_ext.memory import available_bytes, default_budget
 from nexus_ext.plan import Plan, divide_budget
 from nexus_ext.profiling import Stats
+from nexus_ext.quant.formats import PackedWeight
 from nexus_ext.streamer import Progress, Streamer, plan_groups
 from nexus_ext.subclass import restore_all, subclass_all
 
@@ -234,26 +236,50 @@ def _attach(layout: Layout, streamer: Streamer) -> None:
     _place_outside(layout, streamer)
     _place_by_rows(layout, streamer)
     for index, ((path, block), names) in enumerate(zip(layout.blocks, layout.grouped, strict=True)):
-        members = {member.name: member for member in layout.groups[index].members}
-        placed = {name.removeprefix(path): members[layout.source[name]] for name in sorted(names)}
-        slot = GroupSlot(attachment, block, index, placed)
-        _place_group(layout, slot, path, placed)
+        members, packed = _placed(layout, layout.groups[index], path, names)
+        slot = GroupSlot(attachment, block, index, members, packed)
+        _place_group(layout, slot, path, sorted(names))
         block.__dict__["_nexus_group"] = slot
     subclass_all(layout.model)
+
+
+def _placed(
+    layout: Layout, group: Group, path: str, names: set[str]
+) -> tuple[dict[str, Member], dict[str, PackedWeight]]:
+    """Where a block's weights and parts of weights are, by their names in the block."""
+    stored = {member.name: member for member in group.members}
+    members: dict[str, Member] = {}
+    packed: dict[str, PackedWeight] = {}
+    for name in sorted(names):
+        own = name.removeprefix(path)
+        weight = layout.packed.get(name)
+        if weight is None:
+            members[own] = stored[layout.source[name]]
+            continue
+        packed[own] = weight
+        for part, source in weight.parts.items():
+            members[part_name(own, part)] = stored[source]
+    return members, packed
 
 
 def _place_outside(layout: Layout, streamer: Streamer) -> None:
     views_of = views(layout.outside, streamer.outside_arena)
     parameters: dict[int, nn.Parameter] = {}
     for name in layout.names_outside():
-        tensor, view = layout.tensors[name], views_of[layout.source[name]]
+        tensor = layout.tensors[name]
         owner, leaf = _owner(layout.model, name)
-        if isinstance(tensor, nn.Parameter):
+        if name in layout.packed:
+            weight = layout.packed[name]
+            stand_in = _stand_in(layout, name)
+            owner._parameters[leaf] = parameters.setdefault(id(tensor), stand_in)
+            parts = {part: views_of[source] for part, source in weight.parts.items()}
+            _give(owner, leaf, parts | dict(weight.constants), weight)
+        elif isinstance(tensor, nn.Parameter):
             # Tied before, tied after: one object for one object.
-            resident = parameters.setdefault(id(tensor), nn.Parameter(view, False))
-            owner._parameters[leaf] = resident
+            resident = nn.Parameter(views_of[layout.source[name]], False)
+            owner._parameters[leaf] = parameters.setdefault(id(tensor), resident)
         else:
-            owner._buffers[leaf] = view
+            owner._buffers[leaf] = views_of[layout.source[name]]
 
 
 def _place_by_rows(layout: Layout, streamer: Streamer) -> None:
@@ -268,17 +294,30 @@ def _place_by_rows(layout: Layout, streamer: Streamer) -> None:
         module._parameters["weight"] = stand_in
 
 
-def _place_group(layout: Layout, slot: GroupSlot, path: str, placed: dict[str, Member]) -> None:
+def _place_group(layout: Layout, slot: GroupSlot, path: str, names: list[str]) -> None:
     stand_ins: dict[int, StandIn] = {}
-    for name, member in placed.items():
-        owner, leaf = _owner(layout.model, path + name)
+    for name in names:
+        owner, leaf = _owner(layout.model, name)
         # As outside: tied before, tied after.
-        key = id(layout.tensors[path + name])
-        stand_in = StandIn.of(path + name, member.shape, member.dtype)
-        owner._parameters[leaf] = stand_ins.setdefault(key, stand_in)
-        own = owner.__dict__
-        own["_nexus_slot"], own["_nexus_path"] = slot, name.removesuffix(f".{leaf}")
-        own.setdefault("_nexus_tensors", {})[leaf] = slot.view(name)
+        key = id(layout.tensors[name])
+        owner._parameters[leaf] = stand_ins.setdefault(key, _stand_in(layout, name))
+        own = name.removeprefix(path)
+        owner.__dict__["_nexus_slot"] = slot
+        owner.__dict__["_nexus_path"] = own.removesuffix(f".{leaf}")
+        weight = layout.packed.get(name)
+        _give(owner, leaf, slot.parts(own) if weight else slot.view(own), weight)
+
+
+def _stand_in(layout: Layout, name: str) -> StandIn:
+    tensor = layout.tensors[name]
+    return StandIn.of(name, tuple(tensor.shape), tensor.dtype)
+
+
+def _give(owner: nn.Module, leaf: str, there: object, weight: PackedWeight | None) -> None:
+    """Tell a module where its parameter is while it is there: a view, or the parts of it."""
+    owner.__dict__.setdefault("_nexus_tensors", {})[leaf] = there
+    if weight is not None:
+        owner.__dict__.setdefault("_nexus_packed", {})[leaf] = weight.packing
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

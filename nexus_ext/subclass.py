@@ -3,6 +3,7 @@
 block    forward() first acquires the block's group
 owner    `weight` and the like are read from the group's arena
 by rows  a Linear or an Embedding computes with weights that are read by rows
+packed   a Linear computes with the parts of its weight; others read it decoded
 root     forward() runs in one thread at a time
 """
 
@@ -10,14 +11,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from nexus_ext import ops
-from nexus_ext.attachment import Attachment, GroupSlot, reading, tensors_in
+from nexus_ext.attachment import (
+    Attachment,
+    GroupSlot,
+    parts_of,
+    reading,
+    reading_packed,
+    tensors_in,
+)
 from nexus_ext.errors import StreamError
+from nexus_ext.quant.packing import Packing
 
 __all__ = ["StreamedModule", "restore_all", "subclass_all"]
 
@@ -56,24 +66,43 @@ def _refuse(module: nn.Module, what: str) -> NoReturn:
     )
 
 
+def _as_linear_would(
+    x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The input and the bias in the dtype that F.linear computes in, for a weight of `dtype`."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        lower = torch.get_autocast_dtype(x.device.type)
+        return x.to(lower), None if bias is None else bias.to(lower)
+    if x.dtype != dtype:
+        raise StreamError(
+            f"A projection's input must have the dtype of its weight, {dtype}, got {x.dtype}; "
+            "convert the input."
+        )
+    return x, bias
+
+
 class _RowsLinear(nn.Linear):
     """Stands where nn.Linear stood among the bases: a subclass's forward still comes first."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        x = input
-        bias: torch.Tensor | None = self.bias
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        elif x.dtype != self.weight.dtype:
-            raise StreamError(
-                f"A projection's input must have the dtype of its weight, {self.weight.dtype}, got "
-                f"{x.dtype}; convert the input."
-            )
+        x, bias = _as_linear_would(input, self.bias, self.weight.dtype)
         result: torch.Tensor = ops.native.streamed_linear(
             x, bias, self._nexus_row_id, self.out_features
         )
         return result
+
+
+class _PackedLinear(nn.Linear):
+    """As `_RowsLinear`. The weight is never decoded as a whole where the kernel knows better."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        parts = parts_of(self, "weight")
+        if parts is None:  # another weight for one call; or the stand-in, which refuses
+            return super().forward(input)
+        this: M = self
+        packing: Packing = this._nexus_packed["weight"]
+        x, bias = _as_linear_would(input, self.bias, this._parameters["weight"].dtype)
+        return packing.linear(x, parts, bias)
 
 
 class _RowsEmbedding(nn.Embedding):
@@ -86,15 +115,56 @@ class _RowsEmbedding(nn.Embedding):
         return result
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What makes the class of a module; alike modules share one, so that they compile once."""
+
+    base: type[nn.Module]
+    names: tuple[str, ...]  # plain parameters that are read in an arena
+    packed: tuple[str, ...]  # packed ones
+    is_block: bool
+    is_part: bool  # of a block
+    is_by_rows: bool
+    is_root: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, model: nn.Module) -> _Kind:
+        own = module.__dict__
+        packed = tuple(sorted(own.get("_nexus_packed", ())))
+        names = tuple(sorted(own.get("_nexus_tensors", {}).keys() - set(packed)))
+        return cls(
+            type(module),
+            names,
+            packed,
+            "_nexus_group" in own,
+            "_nexus_slot" in own,
+            "_nexus_row_id" in own,
+            module is model,
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        return not (self.names or self.packed or self.is_block or self.is_by_rows or self.is_root)
+
+    @property
+    def bases(self) -> tuple[type[nn.Module], ...]:
+        bases: tuple[type[nn.Module], ...] = (self.base,)
+        linear: type[nn.Module] | None = None
+        if self.is_by_rows:
+            linear = _RowsLinear if issubclass(self.base, nn.Linear) else _RowsEmbedding
+        elif "weight" in self.packed and issubclass(self.base, nn.Linear):
+            linear = _PackedLinear
+        if linear is not None:
+            bases = (linear,) if issubclass(linear, self.base) else (self.base, linear)
+        return (StreamedModule, *bases) if self.is_root else bases
+
+
 def subclass_all(model: nn.Module) -> None:
     """Give every module that streams something, and the root, its class."""
     for module in list(model.modules()):
-        own = module.__dict__
-        names = tuple(sorted(own.get("_nexus_tensors", ())))
-        is_block, is_by_rows = "_nexus_group" in own, "_nexus_row_id" in own
-        if names or is_block or is_by_rows or module is model:
-            kind: Any = type(module)  # a class can be a key; mypy sees nn.Module's __hash__ only
-            module.__class__ = _streamed_class(kind, names, is_block, is_by_rows, module is model)
+        kind = _Kind.of(module, model)
+        if not kind.is_plain:
+            module.__class__ = _streamed_class(kind)
 
 
 def restore_all(model: nn.Module) -> None:
@@ -107,19 +177,9 @@ def restore_all(model: nn.Module) -> None:
             module.__class__ = base
 
 
-def _bases(base: type[nn.Module], is_by_rows: bool, is_root: bool) -> tuple[type[nn.Module], ...]:
-    bases: tuple[type[nn.Module], ...] = (base,)
-    if is_by_rows:
-        by_rows = _RowsLinear if issubclass(base, nn.Linear) else _RowsEmbedding
-        bases = (by_rows,) if issubclass(by_rows, base) else (base, by_rows)
-    return (StreamedModule, *bases) if is_root else bases
-
-
 @functools.cache
-def _streamed_class(
-    base: type[nn.Module], names: tuple[str, ...], is_block: bool, is_by_rows: bool, is_root: bool
-) -> type[nn.Module]:
-    """One class for all modules alike, so that identical blocks compile once."""
+def _streamed_class(kind: _Kind) -> type[nn.Module]:
+    base = kind.base
     namespace: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -130,16 +190,18 @@ def _streamed_class(
         "__deepcopy__": lambda self, memo: _refuse(self, "copied"),
         "__reduce_ex__": lambda self, protocol: _refuse(self, "pickled or copied"),
     }
-    for name in names:
+    for name in kind.names:
         namespace[name] = property(reading(name))
-    if names:
-        namespace["register_parameter"] = _registering(base, names)
-    made: Any = type(base.__name__, _bases(base, is_by_rows, is_root), namespace)
-    if is_block:
+    for name in kind.packed:
+        namespace[name] = property(reading_packed(name))
+    if kind.names or kind.packed:
+        namespace["register_parameter"] = _registering(base, (*kind.names, *kind.packed))
+    made: Any = type(base.__name__, kind.bases, namespace)
+    if kind.is_block:
         made.forward = _acquiring(made.forward)
-    elif names:
+    elif kind.is_part:
         made.forward = _acquiring_if_needed(made.forward)
-    if is_root:
+    if kind.is_root:
         made.forward = _serialised(made.forward)
     return made  # type: ignore[no-any-return]
 

@@ -1,0 +1,90 @@
+#include "quant/encode.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "quant/scalar.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define NEXUS_FOR_ALL_CPUS __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define NEXUS_FOR_ALL_CPUS
+#endif
+
+namespace nexus {
+namespace {
+
+constexpr int64_t kLargestBlock = 4096;
+
+// Half-way between neighbouring codes, as float32; what is equal belongs to the lower one.
+constexpr std::array<float, 15> kThresholds = {
+    -0.8480964004993439f,  -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f,
+    -0.23460740596055984f, -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f,
+    0.1202552504837513f,   0.2035212516784668f,  0.2920137718319893f,  0.3893125355243683f,
+    0.5016634166240692f,   0.6427869200706482f,  0.8614784181118011f};
+
+NEXUS_FOR_ALL_CPUS float largest(const float* numbers, int64_t count) {
+  float found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float size = std::fabs(numbers[i]);
+    found = size > found ? size : found;
+  }
+  return found;
+}
+
+// How many thresholds lie below each number.
+NEXUS_FOR_ALL_CPUS void codes_of(const float* numbers, float factor, int64_t count,
+                                 int32_t* codes) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float share = numbers[i] * factor;
+    int32_t code = 0;
+    for (const float threshold : kThresholds) code += share > threshold;
+    codes[i] = code;
+  }
+}
+
+void encode_block(const float* numbers, int64_t count, float absmax, uint8_t* packed) {
+  std::array<int32_t, kLargestBlock> codes;
+  const float factor = 1.0f / absmax;
+  if (std::isfinite(factor)) {
+    codes_of(numbers, factor, count, codes.data());
+  } else {
+    // Nothing but zeros, or so small that the factor overflows: then the quotient is exact enough.
+    std::array<float, kLargestBlock> shares{};
+    if (absmax > 0) {
+      for (int64_t i = 0; i < count; ++i) shares[static_cast<size_t>(i)] = numbers[i] / absmax;
+    }
+    codes_of(shares.data(), 1.0f, count, codes.data());
+  }
+  for (int64_t i = 0; i + 1 < count; i += 2) {
+    packed[i / 2] = static_cast<uint8_t>(codes[static_cast<size_t>(i)] << 4 |
+                                         codes[static_cast<size_t>(i + 1)]);
+  }
+  if (count % 2 != 0) {
+    packed[count / 2] = static_cast<uint8_t>(codes[static_cast<size_t>(count - 1)] << 4);
+  }
+}
+
+}  // namespace
+
+bool encode_nf4(const std::byte* numbers, Float type, int64_t blocksize, int64_t count,
+                uint8_t* packed, float* absmax) {
+  std::array<float, kLargestBlock> block;
+  for (int64_t first = 0; first < count; first += blocksize) {
+    const int64_t now = std::min(blocksize, count - first);
+    bool is_finite = true;
+    for (int64_t i = 0; i < now; ++i) {
+      const float number = load(type, numbers + (first + i) * size_of(type));
+      is_finite &= std::isfinite(number);
+      block[static_cast<size_t>(i)] = number;
+    }
+    if (!is_finite) return false;
+    *absmax = largest(block.data(), now);
+    encode_block(block.data(), now, *absmax, packed + first / 2);
+    ++absmax;
+  }
+  return true;
+}
+
+}  // namespace nexus

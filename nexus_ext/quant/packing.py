@@ -1,0 +1,144 @@
+"""How the parts of a packed weight become a weight, or a product with one.
+
+A packing is the same for all weights of one shape and format, and knows no bytes: it is given the
+parts, which may lie in an arena and be there for a moment only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from nexus_ext import ops
+from nexus_ext.quant import reference
+from nexus_ext.quant.registration import NESTED_BLOCKSIZE
+
+__all__ = ["GGML", "INT8", "NF4", "NestedNF4", "Packing"]
+
+Parts = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Attributes:
+    shape: Of the weight, decoded.
+    """
+
+    shape: tuple[int, ...]
+
+    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        """The weight, a new tensor of `shape`."""
+        raise NotImplementedError
+
+    def linear(
+        self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`F.linear(x, weight, bias)`: the weight is rounded to the dtype of x."""
+        return functional.linear(x, self.decode(parts, x.dtype), bias)
+
+
+@dataclass(frozen=True)
+class NF4(Packing):
+    """Parts: q, absmax; and code, if it is not NF4's own (FP4 is packed the same way)."""
+
+    blocksize: int
+
+    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        result: torch.Tensor = ops.native.dequantize_nf4(
+            parts["q"], parts["absmax"], self.blocksize, self.shape, dtype, parts.get("code")
+        )
+        return result
+
+    def linear(
+        self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        result: torch.Tensor = ops.native.nf4_linear(
+            x,
+            parts["q"],
+            parts["absmax"],
+            bias,
+            self.blocksize,
+            self.shape[0],
+            parts.get("code"),
+        )
+        return result
+
+
+@dataclass(frozen=True)
+class NestedNF4(Packing):
+    """Parts: q, absmax (bytes), nested_absmax, nested_code, nested_offset; code as in `NF4`."""
+
+    blocksize: int
+    nested_blocksize: int = NESTED_BLOCKSIZE
+
+    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        result: torch.Tensor = ops.native.dequantize_nf4_nested(
+            parts["q"],
+            parts["absmax"],
+            parts["nested_absmax"],
+            parts["nested_code"],
+            parts["nested_offset"],
+            self.blocksize,
+            self.nested_blocksize,
+            self.shape,
+            dtype,
+            parts.get("code"),
+        )
+        return result
+
+    def linear(
+        self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        result: torch.Tensor = ops.native.nf4_linear(
+            x,
+            parts["q"],
+            parts["absmax"],
+            bias,
+            self.blocksize,
+            self.shape[0],
+            parts.get("code"),
+            parts["nested_absmax"],
+            parts["nested_code"],
+            parts["nested_offset"],
+            self.nested_blocksize,
+        )
+        return result
+
+
+@dataclass(frozen=True)
+class INT8(Packing):
+    """Parts: q, scale."""
+
+    divisor: float = reference.INT8_DIVISOR
+
+    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        result: torch.Tensor = ops.native.dequantize_int8(
+            parts["q"], self._scale(parts), dtype, self.divisor
+        )
+        return result
+
+    def linear(
+        self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        result: torch.Tensor = ops.native.int8_linear(
+            x, parts["q"], self._scale(parts), bias, self.divisor
+        )
+        return result
+
+    def _scale(self, parts: Parts) -> torch.Tensor:
+        scale = parts["scale"].float()
+        return scale.reshape(1).repeat(self.shape[0]) if scale.numel() == 1 else scale
+
+
+@dataclass(frozen=True)
+class GGML(Packing):
+    """Parts: q, blocks of GGUF's `kind`, "q8_0" or "q4_0"."""
+
+    kind: str
+
+    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        decode = {"q8_0": reference.dequantize_q8_0, "q4_0": reference.dequantize_q4_0}[self.kind]
+        return decode(parts["q"].reshape(-1), self.shape, dtype)
