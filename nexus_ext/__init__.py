@@ -17,21 +17,38 @@ from nexus_ext.errors import NexusError
 from nexus_ext.export import export, load_package
 from nexus_ext.module import close, plan_of, stats, stream, stream_all
 from nexus_ext.plan import Plan
-from nexus_ext.pretrained import from_pretrained
+from nexus_ext.pretrained import convert, from_pretrained
 from nexus_ext.profiling import Stats
+from nexus_ext.quant import (
+    INT8Config,
+    MixedConfig,
+    NF4Config,
+    get_int8_config,
+    get_mixed_config,
+    get_nf4_config,
+    quantize_layer,
+)
 from nexus_ext.subclass import StreamedModule
 
 __all__ = [
     "Checkpoint",
+    "INT8Config",
+    "MixedConfig",
+    "NF4Config",
     "NexusError",
     "Plan",
     "Stats",
     "StreamedModule",
     "close",
+    "convert",
     "export",
     "from_pretrained",
+    "get_int8_config",
+    "get_mixed_config",
+    "get_nf4_config",
     "load_package",
     "plan_of",
+    "quantize_layer",
     "stats",
     "stream",
     "stream_all",

@@ -13,6 +13,7 @@
     │   └── CorruptCheckpoint       bytes differ from their recorded digest
     ├── QuantizationError       packed tensors that do not belong together, weights that cannot be
     │                           packed (also a ValueError)
+    ├── WriteError              the disk would not take what was to be kept (also an OSError)
     └── EngineError             the native engine could not do what was asked
         ├── ReadError           the disk answered with an error (also an OSError)
         ├── EngineClosed        the engine was closed before
@@ -44,6 +45,7 @@ __all__ = [
     "StreamError",
     "ThreadConflict",
     "TruncatedCheckpoint",
+    "WriteError",
     "from_native",
 ]
 
@@ -94,6 +96,10 @@ class CorruptCheckpoint(CheckpointError):
 
 class QuantizationError(NexusError, ValueError):
     """Packed tensors that do not belong together, or weights that cannot be packed."""
+
+
+class WriteError(NexusError, OSError):
+    """The disk would not take what was to be kept."""
 
 
 class EngineError(NexusError):

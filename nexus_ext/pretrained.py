@@ -1,8 +1,13 @@
-"""`from_pretrained`: a transformers model built empty, then streamed from its checkpoint."""
+"""`from_pretrained`: a transformers model built empty, then streamed from its checkpoint.
+
+`convert` packs such a checkpoint once, and `from_pretrained(weights=...)` does so by itself.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,15 +17,18 @@ import torch
 from torch import nn
 
 from nexus_ext.checkpoint import Checkpoint
-from nexus_ext.config import StreamConfig
+from nexus_ext.config import StreamConfig, home_folder
 from nexus_ext.errors import ConfigError, MissingExtra
 from nexus_ext.hub import locate
 from nexus_ext.layout import lay_out
 from nexus_ext.module import stream
 from nexus_ext.plan import Plan
+from nexus_ext.quant.config import QuantConfig, config_of
+from nexus_ext.quant.convert import PackedModule, convert_checkpoint
+from nexus_ext.quant.formats import PackedWeights
 from nexus_ext.streamer import Progress, plan_groups
 
-__all__ = ["build_empty", "from_pretrained", "plan_pretrained"]
+__all__ = ["build_empty", "convert", "from_pretrained", "plan_pretrained"]
 
 _log = logging.getLogger("nexus_ext")
 
@@ -32,6 +40,7 @@ def from_pretrained(
     device: str | torch.device = "cpu",
     groups: str | Iterable[str] | None = None,
     by_rows: str | Iterable[str] = (),
+    weights: str | QuantConfig | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -46,6 +55,9 @@ def from_pretrained(
         device: As in `stream`.
         groups: As in `stream`.
         by_rows: As in `stream`.
+        weights: "nf4", "nf4-nested", "int8", "mixed" or a config of `nexus_ext.quant`: convert the
+            checkpoint once (into NEXUS_HOME) and stream that. None streams it as it is, be it plain
+            or packed.
         progress: As in `stream`.
         **options: As in `stream`: budget, io, lookahead, ram_budget, verify, prefault, ...
 
@@ -55,6 +67,8 @@ def from_pretrained(
         NexusError: As `stream`.
     """
     path = locate(name)
+    if weights is not None:
+        path = _converted(path, config_of(weights), model_class, groups, progress)
     checkpoint = Checkpoint.open(path)
     model = build_empty(path, checkpoint, model_class)
     rename = _renaming(model, checkpoint)
@@ -94,6 +108,69 @@ def plan_pretrained(
         StreamConfig.of(**options),
         projections=layout.projections,
     )
+
+
+def convert(
+    name: str | Path,
+    folder: str | Path,
+    weights: str | QuantConfig = "nf4",
+    *,
+    model_class: str | type[nn.Module] | None = None,
+    groups: str | Iterable[str] | None = None,
+    progress: Progress | None = None,
+) -> list[PackedModule]:
+    """Pack a model's checkpoint: what `from_pretrained` streams in a quarter of the bytes.
+
+    Linear layers in the model's blocks are packed, everything else is copied. Never holds more than
+    one group. An interrupted conversion goes on where it stopped.
+
+    Args:
+        name: A folder with config.json and safetensors, or a hub id.
+        folder: The destination; new, or of the same conversion, interrupted.
+        weights: "nf4", "nf4-nested", "int8", "mixed", or a config of `nexus_ext.quant`.
+        model_class, groups: As in `from_pretrained`.
+        progress: Called as (what, done_bytes, total_bytes).
+
+    Returns:
+        Name, kind, error and bytes of every module that was packed.
+
+    Raises:
+        ConfigError: An option that cannot be; the destination holds something else.
+        CheckpointFormatError: The source breaks its format, or is packed already.
+        QuantizationError: A weight that is not finite, or of integers or float8.
+        WriteError: The disk would not take it.
+    """
+    config = config_of(weights)
+    path = locate(name)
+    checkpoint = Checkpoint.open(path)
+    model = build_empty(path, checkpoint, model_class)
+    rename = _renaming(model, checkpoint)
+    layout = lay_out(model, checkpoint, groups, rename, strict=False)
+    moved = [[member.name for member in group.members] for group in layout.groups]
+    return convert_checkpoint(
+        model, checkpoint, moved, Path(folder), config, rename=rename, progress=progress
+    )
+
+
+def _converted(
+    path: Path,
+    config: QuantConfig,
+    model_class: str | type[nn.Module] | None,
+    groups: str | Iterable[str] | None,
+    progress: Progress | None,
+) -> Path:
+    """The folder of this model, packed; made if it is not there, by one process at a time."""
+    source = Checkpoint.open(path)
+    asked = repr((source.fingerprint, config, groups if groups is None else list(groups)))
+    key = hashlib.sha256(asked.encode()).hexdigest()[:16]
+    folder = home_folder() / "converted" / f"{path.name}-{key}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "model.safetensors.index.json").exists():
+            _log.info("packing %s into %s", path, folder)
+            convert(path, folder, config, model_class=model_class, groups=groups, progress=progress)
+    return folder
 
 
 def build_empty(
@@ -144,10 +221,13 @@ def _class_of(transformers: Any, config: Any, asked: str | type[nn.Module] | Non
 
 
 def _dtype_of(config: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype most of the checkpoint's bytes have: weights are never converted."""
+    """The dtype most of the checkpoint's bytes have: weights are never converted. Parts of packed
+    weights have dtypes of their own.
+    """
+    packed = PackedWeights(checkpoint).names()
     weights: dict[torch.dtype, int] = {}
     for entry in checkpoint.entries.values():
-        if entry.dtype.is_floating_point:
+        if entry.dtype.is_floating_point and entry.name not in packed:
             weights[entry.dtype] = weights.get(entry.dtype, 0) + entry.nbytes
     fallback = config.dtype or torch.float32
     return max(weights, key=lambda dtype: weights[dtype], default=fallback)
@@ -182,7 +262,7 @@ def _renaming(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
 
 
 def _report_unused(model: nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str]) -> None:
-    used = {rename(name) for name in model.state_dict()}
+    used = {rename(name) for name in model.state_dict()} | PackedWeights(checkpoint).names()
     unused = [name for name in checkpoint.entries if name not in used]
     if unused:
         _log.info(

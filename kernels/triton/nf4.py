@@ -127,10 +127,14 @@ def _absmax(
     if nested_code is None:
         return tl.load(absmax + block, mask=mask)
     else:
-        index = tl.load(absmax + block, mask=mask).to(tl.int32)
+        if mask is None:
+            index = tl.load(absmax + block)
+        else:
+            # What is masked is looked up all the same, and must not point outside of the table.
+            index = tl.load(absmax + block, mask=mask, other=0)
         scale = tl.load(nested_absmax + (block >> NESTED_SHIFT), mask=mask)
         # A launch without enable_fp_fusion=False would make one rounding of these two.
-        return tl.load(nested_code + index) * scale + tl.load(nested_offset)
+        return tl.load(nested_code + index.to(tl.int32)) * scale + tl.load(nested_offset)
 
 
 @triton.jit
