@@ -1,5 +1,5 @@
-// Memory for large results that come and go: what is given back is kept for the next caller, because
-// fresh pages cost several times what decoding into them does.
+// Memory for large results that come and go: what is given back is kept for the next caller,
+// because fresh pages cost several times what decoding into them does.
 #pragma once
 
 #include <cstddef>

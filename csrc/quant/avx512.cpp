@@ -26,8 +26,7 @@ using Kernels = Avx512<Rounding>;
 
 }  // namespace
 
-const Codec kAvx512Codec = {"avx512", Kernels::nibbles, Kernels::bytes, Kernels::dot,
-                              nullptr};
+const Codec kAvx512Codec = {"avx512", Kernels::nibbles, Kernels::bytes, Kernels::dot, nullptr};
 
 }  // namespace nexus
 #endif

@@ -1,5 +1,6 @@
 // The 512-bit kernels, for two kinds of machine: `Rounding` says how 16 numbers become bfloat16.
-// Included behind a `#pragma GCC target`; whatever may be shared with other code is included before.
+// Included behind a `#pragma GCC target`; whatever may be shared with other code is included
+// before.
 //
 // Note [Sixteen products]: a block has one scale and sixteen codes, so only sixteen different
 // results. They are made and rounded once, and a permutation picks them by nibble: per element
@@ -54,8 +55,7 @@ struct Avx512 {
           _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + j / 2)));
       const __m512i indices =
           _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
-      put<kPastCache>(out + 4 * j,
-                      _mm512_castps_si512(_mm512_permutexvar_ps(indices, products)));
+      put<kPastCache>(out + 4 * j, _mm512_castps_si512(_mm512_permutexvar_ps(indices, products)));
     }
   }
 
@@ -77,8 +77,7 @@ struct Avx512 {
   }
 
   static void nibbles(const uint8_t* packed, const float* absmax, const float* code,
-                      int64_t blocksize, int64_t count, Float to, bool past_cache,
-                      std::byte* out) {
+                      int64_t blocksize, int64_t count, Float to, bool past_cache, std::byte* out) {
     const int64_t num_blocks = count / blocksize;
     const bool is_aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
     if (past_cache && is_aligned) {
@@ -107,8 +106,8 @@ struct Avx512 {
       if (to == Float::k32) {
         _mm512_storeu_ps(out + 4 * j, exact);
       } else {
-        const __m256i half = to == Float::kB16 ? Rounding::bfloat16(exact)
-                                               : _mm512_cvtps_ph(exact, kToNearest);
+        const __m256i half =
+            to == Float::kB16 ? Rounding::bfloat16(exact) : _mm512_cvtps_ph(exact, kToNearest);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 2 * j), half);
       }
     }
@@ -144,8 +143,7 @@ inline __m256i bfloat16_in_integers(__m512 exact) {
   const __m512i rounded = _mm512_srli_epi32(
       _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
   const __mmask16 is_nan = _mm512_cmp_ps_mask(exact, exact, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
 }
 
 }  // namespace

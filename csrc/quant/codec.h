@@ -27,12 +27,14 @@ struct Codec {
                 std::byte* out);
   // Sum of a[i] * b[i]; in float32, in any order, with or without FMA.
   float (*dot)(const std::byte* a, const std::byte* b, int64_t count, Float type);
-  // One row of 4-bit codes times up to kFusedInputs rows of bfloat16, decoded in registers; null
-  // where there is nothing better than `nibbles` and `dot`. `x` is what `shuffle_for_dots` made;
-  // width is a multiple of kDotsWidth, blocksize of half of it. Writes num_inputs sums.
+  // Rows of 4-bit codes, one behind the other, times up to kFusedInputs rows of bfloat16, decoded
+  // in registers; null where there is nothing better than `nibbles` and `dot`. `x` is what
+  // `shuffle_for_dots` made; width is a multiple of kDotsWidth, blocksize of half of it. Writes
+  // sums[row * num_inputs + input]. Here a denormal weight may count as zero, which is far below
+  // what a sum can tell.
   void (*nibble_dots)(const uint8_t* packed, const float* absmax, const float* code,
-                      int64_t blocksize, int64_t width, const std::byte* x, int64_t num_inputs,
-                      float* sums);
+                      int64_t blocksize, int64_t width, int64_t num_rows, const std::byte* x,
+                      int64_t num_inputs, float* sums);
 };
 
 // Rows of x a fused product takes at most.

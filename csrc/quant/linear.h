@@ -1,5 +1,5 @@
-// x @ W^T for few rows of x: each row of W is decoded where it is multiplied, in registers or in the
-// first cache. Sums are float32; weights are rounded to the dtype of x, as decoding does.
+// x @ W^T for few rows of x: each row of W is decoded where it is multiplied, in registers or in
+// the first cache. Sums are float32; weights are rounded to the dtype of x, as decoding does.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "quant/codec.h"
+#include "quant/packed.h"
 #include "quant/scalar.h"
 
 namespace nexus {
@@ -44,16 +45,21 @@ void multiply_rows(const LinearInput& x, const std::byte* shuffled, const Weight
                    int64_t begin, int64_t end, const std::byte* bias, int64_t num_rows,
                    std::byte* out) {
   const int64_t bytes = size_of(x.type);
-  for (int64_t row = begin; row < end; ++row) {
-    std::array<float, kFusedInputs> sums{};
+  for (int64_t first = begin; first < end; first += kDotsRows) {
+    const int64_t rows = std::min(kDotsRows, end - first);
+    std::array<float, kDotsRows * kFusedInputs> sums{};
     if (shuffled != nullptr) {
-      weight.dots(row * x.width, x.width, shuffled, x.count, sums.data());
+      weight.dots(first, rows, x.width, shuffled, x.count, sums.data());
     } else {
-      add_products(x, weight, row, sums.data());
+      for (int64_t i = 0; i < rows; ++i)
+        add_products(x, weight, first + i, &sums[static_cast<size_t>(i * x.count)]);
     }
-    const float shift = bias == nullptr ? 0 : load(x.type, bias + row * bytes);
-    for (int64_t m = 0; m < x.count; ++m) {
-      store(x.type, sums[static_cast<size_t>(m)] + shift, out + (m * num_rows + row) * bytes);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float shift = bias == nullptr ? 0 : load(x.type, bias + (first + i) * bytes);
+      for (int64_t m = 0; m < x.count; ++m) {
+        store(x.type, sums[static_cast<size_t>(i * x.count + m)] + shift,
+              out + (m * num_rows + first + i) * bytes);
+      }
     }
   }
 }

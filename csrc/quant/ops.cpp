@@ -100,11 +100,10 @@ const float* code_of(const std::optional<Tensor>& code) {
   return code.has_value() ? floats(*code, "code", 16) : kNormalFloat;
 }
 
-int64_t num_blocks(int64_t numel, int64_t blocksize) {
-  return (numel + blocksize - 1) / blocksize;
-}
+int64_t num_blocks(int64_t numel, int64_t blocksize) { return (numel + blocksize - 1) / blocksize; }
 
-// --- packed weights from tensors ------------------------------------------------------------------
+// --- packed weights from tensors
+// ------------------------------------------------------------------
 
 struct Nested {
   const Tensor& absmax;
@@ -115,11 +114,10 @@ struct Nested {
 
 Absmax nested_absmax(const Tensor& absmax, const Nested& nested, int64_t count) {
   check_blocksize(nested.blocksize);
-  require(absmax.scalar_type() == ScalarType::Byte && absmax.is_contiguous() &&
-              absmax.numel() == count,
-          "Nested absmax must be ", count, " contiguous uint8, got ", absmax.numel(),
-          " elements of ", absmax.element_size(),
-          " bytes; the tensors of one weight belong together.");
+  require(
+      absmax.scalar_type() == ScalarType::Byte && absmax.is_contiguous() && absmax.numel() == count,
+      "Nested absmax must be ", count, " contiguous uint8, got ", absmax.numel(), " elements of ",
+      absmax.element_size(), " bytes; the tensors of one weight belong together.");
   return {nullptr,
           static_cast<const uint8_t*>(absmax.const_data_ptr()),
           floats(nested.code, "nested_code", 256),
@@ -155,7 +153,8 @@ Bytes bytes_of(const Tensor& packed, const Tensor& scale, double divisor) {
           1.0f / static_cast<float>(divisor)};
 }
 
-// --- decoding -------------------------------------------------------------------------------------
+// --- decoding
+// -------------------------------------------------------------------------------------
 
 int64_t product(const Ints& shape) {
   return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
@@ -165,17 +164,16 @@ Tensor empty(const Ints& shape, ScalarType dtype) {
   const int64_t numel = product(shape);
   const int64_t nbytes = numel * size_of(float_of(dtype));
   if (nbytes < kLargeBytes) {
-    return torch::stable::empty(
-        shape, dtype, std::nullopt,
-        torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    return torch::stable::empty(shape, dtype, std::nullopt,
+                                torch::stable::Device(torch::headeronly::DeviceType::CPU));
   }
   Ints strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
   Block block = recycled_block(nbytes);
   std::byte* memory = block.get();
-  return torch::stable::from_blob(
-      memory, shape, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
-      [block](void*) mutable { block.reset(); });
+  return torch::stable::from_blob(memory, shape, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
+                                  [block](void*) mutable { block.reset(); });
 }
 
 std::byte* memory_of(const Tensor& tensor) {
@@ -250,7 +248,8 @@ void dequantize_int8_out(const Tensor& q, const Tensor& scale, ScalarType dtype,
   decode_into(weight, {q.size(0), q.size(1)}, dtype, out);
 }
 
-// --- several weights in one arena -------------------------------------------------------------------
+// --- several weights in one arena
+// -------------------------------------------------------------------
 
 class Unit {
  public:
@@ -291,8 +290,7 @@ Tensor dequantize_nf4_grouped(const Tensor& arena, const Tensor& offsets,
   require(is_nested == nested_offsets.has_value(),
           "nested_code and nested_offsets must be given together.");
   const float* table = is_nested ? floats(*nested_code, "nested_code", 256) : nullptr;
-  const float* means =
-      is_nested ? floats(*nested_offsets, "nested_offsets", num_units) : nullptr;
+  const float* means = is_nested ? floats(*nested_offsets, "nested_offsets", num_units) : nullptr;
   const auto* first = static_cast<const int64_t*>(offsets.const_data_ptr());
   const int64_t numel = product(unit_shape);
   const int64_t blocks = num_blocks(numel, blocksize);
@@ -305,9 +303,9 @@ Tensor dequantize_nf4_grouped(const Tensor& arena, const Tensor& offsets,
     const Unit unit(arena, first + i * num_parts);
     Absmax absmax;
     if (is_nested) {
-      absmax = {nullptr, unit.part<uint8_t>(1, blocks), table,
-                unit.part<float>(2, num_blocks(blocks, nested_blocksize)), means[i],
-                nested_blocksize};
+      absmax = {nullptr,  unit.part<uint8_t>(1, blocks),
+                table,    unit.part<float>(2, num_blocks(blocks, nested_blocksize)),
+                means[i], nested_blocksize};
     } else {
       absmax.plain = unit.part<float>(1, blocks);
     }
@@ -317,11 +315,9 @@ Tensor dequantize_nf4_grouped(const Tensor& arena, const Tensor& offsets,
   return out;
 }
 
-// --- linear -----------------------------------------------------------------------------------------
+// --- linear
+// -----------------------------------------------------------------------------------------
 
-// Where products are not made in registers, a matrix library wins from fewer rows of x on, though
-// the whole weight is decoded for it (benchmarks/bench_quant.py).
-constexpr int64_t kFusedInCache = 4;
 // A tile of decoded rows that stays in a core's cache.
 constexpr int64_t kTileBytes = 1 << 20;
 constexpr int64_t kTileRows = 64;
@@ -335,62 +331,84 @@ Tensor matmul_with(const Tensor& x, const Tensor& weight, const std::optional<Te
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Where products are not made in registers, a matrix library wins from fewer rows of x on, though
+// the whole weight is decoded for it (benchmarks/bench_quant.py).
+constexpr int64_t kFusedInCache = 4;
+
+// x [..., width] times a weight [num_rows, width].
+struct Product {
+  const Tensor& x;
+  int64_t num_inputs;
+  int64_t num_rows;
+  int64_t width;
+  const std::optional<Tensor>& bias;
+
+  ScalarType dtype() const { return x.scalar_type(); }
+  Ints shape() const {
+    Ints sizes;
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
+    sizes.push_back(num_rows);
+    return sizes;
+  }
+};
+
 // Many rows of x: decode a tile of the weight, multiply, go on.
 template <typename Weight>
-Tensor tiled_linear(const Tensor& x, const Weight& weight, int64_t num_rows, int64_t width,
-                    const std::optional<Tensor>& bias) {
-  const ScalarType dtype = x.scalar_type();
-  const int64_t row_bytes = width * size_of(float_of(dtype));
-  int64_t step = std::max(kTileRows, kTileBytes / std::max<int64_t>(row_bytes, 1));
+Tensor tiled_linear(const Product& product, const Weight& weight) {
+  const auto [x, num_inputs, num_rows, width, bias] = product;
+  const Float type = float_of(product.dtype());
+  const Tensor flat = torch::stable::reshape(x, {num_inputs, width});
+  const int64_t row_bytes = width * size_of(type);
   // Tiles begin where a block does.
-  step = align_up(step, std::max<int64_t>(kTileRows, weight.unit() / std::gcd(weight.unit(), width)));
-  step = std::min(step, num_rows);
-  const Block scratch = recycled_block(step * row_bytes);
-  std::optional<Tensor> out;
+  const int64_t unit =
+      std::max(kTileRows, weight.unit() / std::gcd(weight.unit(), std::max<int64_t>(width, 1)));
+  const int64_t wanted = align_up(kTileBytes / std::max<int64_t>(row_bytes, 1), unit);
+  const int64_t step = std::min(std::max(wanted, unit), num_rows);
+  const Block scratch = recycled_block(std::max<int64_t>(step * row_bytes, 1));
+  const Tensor out = empty({num_inputs, num_rows}, product.dtype());
   for (int64_t row = 0; row < num_rows; row += step) {
     const int64_t rows = std::min(step, num_rows - row);
     const int64_t first = row * width;
-    const Ints shape = {rows, width};
-    const Ints strides = {width, 1};
     torch::stable::parallel_for(0, num_blocks(rows * width, kGrain), 1, [&](int64_t b, int64_t e) {
       const int64_t begin = b * kGrain;
-      weight.decode(first + begin, std::min(e * kGrain, rows * width) - begin, float_of(dtype),
-                    false, scratch.get() + begin * size_of(float_of(dtype)));
+      weight.decode(first + begin, std::min(e * kGrain, rows * width) - begin, type, false,
+                    scratch.get() + begin * size_of(type));
     });
+    const Ints shape = {rows, width};
+    const Ints strides = {width, 1};
     const Tensor tile = torch::stable::from_blob(
-        scratch.get(), shape, strides,
-        torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
+        scratch.get(), shape, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+        product.dtype());
     std::optional<Tensor> part = bias;
     if (bias.has_value()) {
       Tensor all = *bias;
       part = torch::stable::narrow(all, 0, row, rows);
     }
-    Tensor product_of_tile = matmul_with(x, tile, part);
-    if (rows == num_rows) return product_of_tile;
-    if (!out.has_value()) out = empty({x.size(0), num_rows}, dtype);
-    Tensor place = torch::stable::narrow(*out, 1, row, rows);
-    torch::stable::copy_(place, product_of_tile);
+    Tensor all_columns = out;
+    Tensor place = torch::stable::narrow(all_columns, 1, row, rows);
+    torch::stable::copy_(place, matmul_with(flat, tile, part));
   }
-  return *out;
+  return torch::stable::view(out, product.shape());
 }
 
-// Few rows of x: the weight never leaves the registers' neighbourhood.
+// Few rows of x: the weight is decoded where it is multiplied.
 template <typename Weight>
-Tensor fused_linear(const Tensor& x, const Weight& weight, int64_t num_rows, int64_t width,
-                    const std::optional<Tensor>& bias) {
-  const Float type = float_of(x.scalar_type());
-  Tensor out = empty({x.size(0), num_rows}, x.scalar_type());
-  const LinearInput input{static_cast<const std::byte*>(x.const_data_ptr()), x.size(0), width,
+Tensor fused_linear(const Product& product, const Weight& weight) {
+  const auto [x, num_inputs, num_rows, width, bias] = product;
+  const Float type = float_of(product.dtype());
+  const Tensor dense = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  const Tensor out = empty(product.shape(), product.dtype());
+  const LinearInput input{static_cast<const std::byte*>(dense.const_data_ptr()), num_inputs, width,
                           type};
   const std::byte* bias_memory =
       bias.has_value() ? static_cast<const std::byte*>(bias->const_data_ptr()) : nullptr;
-  std::vector<uint16_t> shuffled(weight.has_dots(width, type) ? x.numel() : 0);
-  for (int64_t m = 0; m < x.size(0) && !shuffled.empty(); ++m) {
+  const bool has_dots = weight.has_dots(width, type);
+  std::vector<uint16_t> shuffled(static_cast<size_t>(has_dots ? num_inputs * width : 0));
+  for (int64_t m = 0; has_dots && m < num_inputs; ++m) {
     shuffle_for_dots(reinterpret_cast<const uint16_t*>(input.memory) + m * width, width,
                      shuffled.data() + m * width);
   }
-  const auto* for_dots =
-      shuffled.empty() ? nullptr : reinterpret_cast<const std::byte*>(shuffled.data());
+  const auto* for_dots = has_dots ? reinterpret_cast<const std::byte*>(shuffled.data()) : nullptr;
   const int64_t grain = std::max<int64_t>(1, kGrain / width);
   torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
     multiply_rows(input, for_dots, weight, begin, end, bias_memory, num_rows, memory_of(out));
@@ -399,27 +417,33 @@ Tensor fused_linear(const Tensor& x, const Weight& weight, int64_t num_rows, int
 }
 
 template <typename Weight>
-Tensor linear(const Tensor& x, const Weight& weight, int64_t num_rows, int64_t width,
-              const std::optional<Tensor>& bias) {
-  require(x.dim() > 0 && x.size(x.dim() - 1) == width, "x must be [..., ", width,
-          "], as wide as the weight's rows; got a last dimension of ",
-          x.dim() > 0 ? x.size(x.dim() - 1) : 0, ".");
-  require(!bias.has_value() || (bias->numel() == num_rows && bias->is_contiguous() &&
-                                bias->scalar_type() == x.scalar_type()),
-          "bias must be ", num_rows, " contiguous elements of the dtype of x.");
-  Ints shape;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
-  const int64_t num_inputs = product(shape);
-  const Tensor flat = torch::stable::contiguous(torch::stable::reshape(x, {num_inputs, width}));
-  shape.push_back(num_rows);
+Tensor linear(const Product& product, const Weight& weight) {
+  const int64_t width = product.width;
+  if (product.x.size(product.x.dim() - 1) != width) {
+    fail("QuantizationError", "x must be [..., ", width, "], as wide as the weight's rows; got ",
+         product.x.size(product.x.dim() - 1), ".");
+  }
+  const auto& bias = product.bias;
+  if (bias.has_value() && (bias->numel() != product.num_rows || !bias->is_contiguous() ||
+                           bias->scalar_type() != product.dtype())) {
+    fail("QuantizationError", "bias must be ", product.num_rows,
+         " contiguous elements of the dtype of x, got ", bias->numel(), " of ",
+         bias->element_size(), " bytes.");
+  }
   // What begins a row must begin a block, or a row could not be decoded by itself.
-  const bool can_fuse = width % weight.unit() == 0 && width > 0;
-  const int64_t most = weight.has_dots(width, float_of(x.scalar_type())) ? kFusedInputs
-                                                                         : kFusedInCache;
-  const Tensor out = can_fuse && num_inputs <= most
-                         ? fused_linear(flat, weight, num_rows, width, bias)
-                         : tiled_linear(flat, weight, num_rows, width, bias);
-  return torch::stable::view(out, shape);
+  const bool can_fuse = width > 0 && width % weight.unit() == 0;
+  const int64_t most =
+      weight.has_dots(width, float_of(product.dtype())) ? kFusedInputs : kFusedInCache;
+  if (can_fuse && product.num_inputs <= most) return fused_linear(product, weight);
+  return tiled_linear(product, weight);
+}
+
+// How many rows [..., width] has.
+int64_t num_inputs_of(const Tensor& x) {
+  require(x.dim() > 0, "x must be [..., in_features], got a number.");
+  int64_t count = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) count *= x.size(i);
+  return count;
 }
 
 Tensor nf4_linear(const Tensor& x, const Tensor& q, const Tensor& absmax,
@@ -430,21 +454,22 @@ Tensor nf4_linear(const Tensor& x, const Tensor& q, const Tensor& absmax,
   const bool is_nested = nested_absmax.has_value();
   require(is_nested == nested_code.has_value() && is_nested == nested_offset.has_value(),
           "nested_absmax, nested_code and nested_offset must be given together.");
-  require(x.dim() > 0, "x must be [..., in_features], got a number.");
+  const int64_t num_inputs = num_inputs_of(x);
   const int64_t width = x.size(x.dim() - 1);
   std::optional<Nested> nested;
   if (is_nested) nested.emplace(*nested_absmax, *nested_code, *nested_offset, nested_blocksize);
-  return linear(x, nibbles_of(q, absmax, blocksize, out_features * width, code, nested),
-                out_features, width, bias);
+  return linear({x, num_inputs, out_features, width, bias},
+                nibbles_of(q, absmax, blocksize, out_features * width, code, nested));
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& q, const Tensor& scale,
                    std::optional<Tensor> bias, double divisor) {
   const Bytes weight = bytes_of(q, scale, divisor);
-  return linear(x, weight, q.size(0), q.size(1), bias);
+  return linear({x, num_inputs_of(x), q.size(0), q.size(1), bias}, weight);
 }
 
-// --- encoding -----------------------------------------------------------------------------------------
+// --- encoding
+// -----------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t blocksize) {
   check_blocksize(blocksize);
@@ -472,8 +497,9 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t blocksize)
       is_finite = false;
     }
   });
-  require(is_finite, "Weights to quantise must be finite; these hold NaN or infinity. A block's "
-                     "scale would be lost: repair the checkpoint, or leave this weight as it is.");
+  require(is_finite,
+          "Weights to quantise must be finite; these hold NaN or infinity. A block's "
+          "scale would be lost: repair the checkpoint, or leave this weight as it is.");
   return {q, absmax};
 }
 

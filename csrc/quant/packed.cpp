@@ -6,8 +6,8 @@
 namespace nexus {
 namespace {
 
-// Blocks of a row whose nested scales `dots` decodes at once: 2^17 elements of 64.
-constexpr int64_t kLongestRow = 2048;
+// Most blocks of a row that `dots` takes: 2^16 elements of 64.
+constexpr int64_t kLongestRow = 1024;
 
 }  // namespace
 
@@ -46,15 +46,17 @@ bool Nibbles::has_dots(int64_t width, Float type) const {
          width / blocksize_ <= kLongestRow;
 }
 
-void Nibbles::dots(int64_t first, int64_t width, const std::byte* x, int64_t num_inputs,
-                   float* sums) const {
-  const float* absmax = absmax_.plain + first / blocksize_;
-  std::array<float, kLongestRow> decoded;
+void Nibbles::dots(int64_t first_row, int64_t num_rows, int64_t width, const std::byte* x,
+                   int64_t num_inputs, float* sums) const {
+  const int64_t blocks = width / blocksize_;
+  const float* absmax = absmax_.plain + first_row * blocks;
+  std::array<float, kDotsRows * kLongestRow> decoded;
   if (absmax_.plain == nullptr) {
-    decode_absmax(absmax_, first / blocksize_, width / blocksize_, decoded.data());
+    decode_absmax(absmax_, first_row * blocks, num_rows * blocks, decoded.data());
     absmax = decoded.data();
   }
-  codec().nibble_dots(packed_ + first / 2, absmax, code_, blocksize_, width, x, num_inputs, sums);
+  codec().nibble_dots(packed_ + first_row * width / 2, absmax, code_, blocksize_, width, num_rows,
+                      x, num_inputs, sums);
 }
 
 void Bytes::decode(int64_t first, int64_t count, Float to, bool, std::byte* out) const {
@@ -62,8 +64,7 @@ void Bytes::decode(int64_t first, int64_t count, Float to, bool, std::byte* out)
   for (int64_t done = 0; done < count;) {
     const int64_t at = first + done;
     const int64_t now = std::min(count - done, group_ - at % group_);
-    kernels.bytes(packed_ + at, scale_[at / group_], inverse_, now, to,
-                  out + done * size_of(to));
+    kernels.bytes(packed_ + at, scale_[at / group_], inverse_, now, to, out + done * size_of(to));
     done += now;
   }
 }

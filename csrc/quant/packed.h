@@ -18,6 +18,8 @@ struct Absmax {
   int64_t nested_blocksize = 1;
 };
 
+inline constexpr int64_t kDotsRows = 16;
+
 // A weight of 4-bit codes, flat; the shape is of no importance to blocks.
 class Nibbles {
  public:
@@ -31,9 +33,10 @@ class Nibbles {
 
   // Whether `dots` can take rows of this width.
   bool has_dots(int64_t width, Float type) const;
-  // `sums[m]` becomes the product of elements [first, first + width) and row m of x, shuffled.
-  void dots(int64_t first, int64_t width, const std::byte* x, int64_t num_inputs,
-            float* sums) const;
+  // `sums[row * num_inputs + m]` becomes the product of row `first_row + row` and row m of x,
+  // shuffled. At most kDotsRows rows.
+  void dots(int64_t first_row, int64_t num_rows, int64_t width, const std::byte* x,
+            int64_t num_inputs, float* sums) const;
 
  private:
   const uint8_t* packed_;
@@ -52,7 +55,7 @@ class Bytes {
   void decode(int64_t first, int64_t count, Float to, bool past_cache, std::byte* out) const;
   int64_t unit() const { return 1; }
   bool has_dots(int64_t, Float) const { return false; }
-  void dots(int64_t, int64_t, const std::byte*, int64_t, float*) const {}
+  void dots(int64_t, int64_t, int64_t, const std::byte*, int64_t, float*) const {}
 
  private:
   const int8_t* packed_;
