@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nexus_ext import ops
-from nexus_ext.quant import reference
+from nexus_ext.quant import cuda, reference
 
 __all__ = ["NESTED_BLOCKSIZE"]
 
@@ -220,6 +220,10 @@ def _quantize_nested(
 @torch.library.impl("nexus::quantize_int8", "CompositeExplicitAutograd")
 def _quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return reference.quantize_int8(weight)
+
+
+for _op, _kernel in cuda.KERNELS.items():
+    torch.library.impl(f"nexus::{_op}", "CUDA")(_kernel)
 
 
 # -- gradients -------------------------------------------------------------------------------------
