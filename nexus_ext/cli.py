@@ -1,11 +1,11 @@
-"""The command line: `nexus run | bench | plan | doctor | demo`."""
+"""The command line: `nexus run | bench | plan | convert | doctor | demo`."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +17,9 @@ from rich.table import Table
 
 from nexus_ext.errors import MissingExtra, NexusError
 from nexus_ext.memory import format_bytes, parse_bytes
+from nexus_ext.quant.convert import PackedModule
 
-__all__ = ["app", "bench_table", "main"]
+__all__ = ["app", "bench_table", "conversion_table", "main"]
 
 app = typer.Typer(
     help="Run PyTorch models that do not fit.", no_args_is_help=True, add_completion=False
@@ -38,6 +39,10 @@ Prefault = Annotated[
 ByRows = Annotated[
     list[str] | None,
     typer.Option(help="A Linear or Embedding (or a pattern) to read by rows; may be repeated."),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="nf4, nf4-nested, int8 or mixed: pack the weights once, and stream those."),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.")]
 
@@ -63,6 +68,7 @@ def run(
     verify: Verify = "off",
     prefault: Prefault = None,
     by_rows: ByRows = None,
+    weights: Weights = None,
     compile_blocks: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks (torch.compile).")
     ] = False,
@@ -89,6 +95,7 @@ def run(
             verify=verify,
             prefault=prefault,
             by_rows=by_rows or (),
+            weights=weights,
             progress=progress,
         )
     if compile_blocks:
@@ -177,6 +184,22 @@ def plan(
 
 
 @app.command()
+def convert(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(help="Where to write; new, or interrupted before.")],
+    weights: Annotated[str, typer.Option(help="nf4, nf4-nested, int8 or mixed.")] = "nf4",
+    json_file: JsonFile = None,
+) -> None:
+    """Pack a model's weights: a quarter (NF4) or half (INT8) of the bytes to stream."""
+    from nexus_ext.pretrained import convert as pack
+
+    with _byte_progress() as progress:
+        report = pack(model, folder, weights, progress=progress)
+    out.print(conversion_table(report))
+    _write(json_file, {"modules": [line.__dict__ for line in report]})
+
+
+@app.command()
 def doctor(
     path: Annotated[Path | None, typer.Argument(help="A big file on the disk to test.")] = None,
     tune: Annotated[bool, typer.Option(help="Also try depths and chunk sizes on it.")] = False,
@@ -248,6 +271,26 @@ def _byte_progress() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[what], completed=done, total=total)
 
         yield progress
+
+
+def conversion_table(report: Sequence[PackedModule]) -> Table:
+    """Modules by their last name and kind: how many, how exact, how small."""
+    table = Table(title=f"{len(report)} modules packed")
+    for column in ("modules", "weights", "count", "worst error", "before", "after"):
+        table.add_column(column, justify="left" if column in ("modules", "weights") else "right")
+    kinds: dict[tuple[str, str], list[PackedModule]] = {}
+    for line in report:
+        kinds.setdefault((line.name.rpartition(".")[2], line.weights), []).append(line)
+    for (name, weights), lines in kinds.items():
+        table.add_row(
+            f"*.{name}",
+            weights,
+            str(len(lines)),
+            f"{max(line.error for line in lines):.2%}",
+            format_bytes(sum(line.bytes_before for line in lines)),
+            format_bytes(sum(line.bytes_after for line in lines)),
+        )
+    return table
 
 
 def bench_table(r: dict[str, Any]) -> Table:

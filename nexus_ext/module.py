@@ -30,6 +30,7 @@ from nexus_ext.memory import available_bytes, default_budget
 from nexus_ext.plan import Plan, divide_budget
 from nexus_ext.profiling import Stats
 from nexus_ext.quant.formats import PackedWeight
+from nexus_ext.quant.gguf_file import open_checkpoint
 from nexus_ext.streamer import Progress, Streamer, plan_groups
 from nexus_ext.subclass import restore_all, subclass_all
 
@@ -61,7 +62,7 @@ def stream(
     Args:
         model: Any module; changed in place and returned. Buffers that the checkpoint lacks keep
             their values.
-        checkpoint: A safetensors file, an index, or a folder with either.
+        checkpoint: A safetensors file, an index, a folder with either, or a .gguf file.
         device: Where the model computes: "cpu".
         groups: Name of the blocks' container, or names of blocks; None finds the repeated ones.
         by_rows: Names of Linear and Embedding modules, or patterns with *, whose weights are never
@@ -88,7 +89,7 @@ def stream(
     _check_device(device)
     _detach_closed(model)
     if not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint.open(checkpoint)
+        checkpoint = open_checkpoint(checkpoint)
     layout = lay_out(model, checkpoint, groups, rename, strict=strict, by_rows=by_rows, keep=keep)
     _check_blocks(layout.blocks)
     _check_verified(config, layout)
@@ -155,7 +156,7 @@ def _whole_plan(
 ) -> Plan:
     """The plan that keeps everything resident: what the model could use at most, and at least."""
     if not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint.open(checkpoint)
+        checkpoint = open_checkpoint(checkpoint)
     about_layout = ("groups", "rename", "strict", "by_rows", "keep")
     layout = lay_out(model, checkpoint, **{n: options[n] for n in about_layout if n in options})
     config = StreamConfig.of(

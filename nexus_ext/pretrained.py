@@ -26,6 +26,7 @@ from nexus_ext.plan import Plan
 from nexus_ext.quant.config import QuantConfig, config_of
 from nexus_ext.quant.convert import PackedModule, convert_checkpoint
 from nexus_ext.quant.formats import PackedWeights
+from nexus_ext.quant.gguf_file import GGUFCheckpoint, open_checkpoint
 from nexus_ext.streamer import Progress, plan_groups
 
 __all__ = ["build_empty", "convert", "from_pretrained", "plan_pretrained"]
@@ -50,7 +51,7 @@ def from_pretrained(
     time is the whole model in memory. The dtype is the checkpoint's own.
 
     Args:
-        name: A folder with config.json and safetensors, or a hub id.
+        name: A folder with config.json and safetensors, a .gguf file, or a hub id.
         model_class: A transformers class or its name; None takes the one named in the config.
         device: As in `stream`.
         groups: As in `stream`.
@@ -69,7 +70,7 @@ def from_pretrained(
     path = locate(name)
     if weights is not None:
         path = _converted(path, config_of(weights), model_class, groups, progress)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     model = build_empty(path, checkpoint, model_class)
     rename = _renaming(model, checkpoint)
     _report_unused(model, checkpoint, rename)
@@ -97,7 +98,7 @@ def plan_pretrained(
 ) -> Plan:
     """What `from_pretrained` would keep and stream, read from headers alone. Raises as it does."""
     path = locate(name)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     model = build_empty(path, checkpoint, model_class)
     rename = _renaming(model, checkpoint)
     layout = lay_out(model, checkpoint, groups, rename, strict=False, by_rows=by_rows)
@@ -142,7 +143,7 @@ def convert(
     """
     config = config_of(weights)
     path = locate(name)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     model = build_empty(path, checkpoint, model_class)
     rename = _renaming(model, checkpoint)
     layout = lay_out(model, checkpoint, groups, rename, strict=False)
@@ -179,7 +180,7 @@ def build_empty(
     """The model of `path/config.json` in eval mode, parameters on meta, buffers computed."""
     transformers = _transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = _config_of(transformers, path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"A model folder needs a config.json; {path}: {error}") from error
     kind = _class_of(transformers, config, model_class)
@@ -194,6 +195,16 @@ def build_empty(
     if (path / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model.eval()
+
+
+def _config_of(transformers: Any, path: Path) -> Any:
+    if path.suffix != ".gguf":
+        return transformers.AutoConfig.from_pretrained(path)
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    if not config.architectures:
+        causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        config.architectures = [causal[config.model_type]]
+    return config
 
 
 def _transformers() -> Any:
@@ -251,7 +262,11 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _renaming(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
-    """Names differ by the base model's prefix when model and checkpoint differ in their head."""
+    """Names differ by the base model's prefix when model and checkpoint differ in their head; those
+    of GGUF are others altogether.
+    """
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return checkpoint.rename
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
 
     def rename(name: str) -> str:

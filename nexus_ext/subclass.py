@@ -105,6 +105,18 @@ class _PackedLinear(nn.Linear):
         return packing.linear(x, parts, bias)
 
 
+class _PackedEmbedding(nn.Embedding):
+    """As `_PackedLinear`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        parts = parts_of(self, "weight")
+        if parts is None:
+            return super().forward(input)
+        this: M = self
+        packing: Packing = this._nexus_packed["weight"]
+        return packing.rows(input, parts, this._parameters["weight"].dtype)
+
+
 class _RowsEmbedding(nn.Embedding):
     """As `_RowsLinear`."""
 
@@ -149,13 +161,15 @@ class _Kind:
     @property
     def bases(self) -> tuple[type[nn.Module], ...]:
         bases: tuple[type[nn.Module], ...] = (self.base,)
-        linear: type[nn.Module] | None = None
+        ours: type[nn.Module] | None = None
         if self.is_by_rows:
-            linear = _RowsLinear if issubclass(self.base, nn.Linear) else _RowsEmbedding
+            ours = _RowsLinear if issubclass(self.base, nn.Linear) else _RowsEmbedding
         elif "weight" in self.packed and issubclass(self.base, nn.Linear):
-            linear = _PackedLinear
-        if linear is not None:
-            bases = (linear,) if issubclass(linear, self.base) else (self.base, linear)
+            ours = _PackedLinear
+        elif "weight" in self.packed and issubclass(self.base, nn.Embedding):
+            ours = _PackedEmbedding
+        if ours is not None:
+            bases = (ours,) if issubclass(ours, self.base) else (self.base, ours)
         return (StreamedModule, *bases) if self.is_root else bases
 
 

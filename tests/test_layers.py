@@ -43,7 +43,14 @@ ALLOWED: dict[str, set[str]] = {
     "quant.cuda": {"errors", "kernels", "quant.reference"},
     "quant.registration": {"ops", "quant.cuda", "quant.reference"},
     "quant.packing": {"ops", "quant.reference", "quant.registration"},
-    "quant.formats": {"checkpoint", "errors", "quant.packing", "quant.reference"},
+    "quant.gguf_file": {"checkpoint", "errors", "quant.packing"},
+    "quant.formats": {
+        "checkpoint",
+        "errors",
+        "quant.gguf_file",
+        "quant.packing",
+        "quant.reference",
+    },
     "quant.config": {"errors"},
     "quant.packed": {
         "errors",
@@ -78,6 +85,7 @@ ALLOWED: dict[str, set[str]] = {
         "plan",
         "profiling",
         "quant.formats",
+        "quant.gguf_file",
         "streamer",
         "subclass",
     },
@@ -93,6 +101,7 @@ ALLOWED: dict[str, set[str]] = {
         "quant.config",
         "quant.convert",
         "quant.formats",
+        "quant.gguf_file",
         "streamer",
     },
     "__init__": {

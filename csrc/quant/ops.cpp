@@ -21,6 +21,7 @@
 #include "common/error.h"
 #include "common/recycler.h"
 #include "quant/encode.h"
+#include "quant/ggml.h"
 #include "quant/linear.h"
 #include "quant/packed.h"
 
@@ -246,6 +247,17 @@ void dequantize_int8_out(const Tensor& q, const Tensor& scale, ScalarType dtype,
                          const Tensor& out) {
   const Bytes weight = bytes_of(q, scale, divisor);
   decode_into(weight, {q.size(0), q.size(1)}, dtype, out);
+}
+
+Tensor dequantize_ggml(const Tensor& blocks, std::string kind, Ints shape, ScalarType dtype) {
+  const Ggml weight(static_cast<const uint8_t*>(blocks.const_data_ptr()), kind);
+  const int64_t numel = product(shape);
+  const int64_t nbytes = blocks.numel() * static_cast<int64_t>(blocks.element_size());
+  require(blocks.is_contiguous() && numel % kGgmlBlock == 0 &&
+              nbytes == numel / kGgmlBlock * weight.block_bytes(),
+          numel, " elements of ", kind, " take ", numel / kGgmlBlock * weight.block_bytes(),
+          " contiguous bytes, got ", nbytes, "; the shape is that of another weight.");
+  return decoded(weight, shape, dtype);
 }
 
 // --- several weights in one arena
@@ -514,6 +526,7 @@ STABLE_TORCH_LIBRARY_IMPL(nexus, CPU, m) {
   m.impl("dequantize_nf4_grouped", TORCH_BOX(&nexus::dequantize_nf4_grouped));
   m.impl("dequantize_int8", TORCH_BOX(&nexus::dequantize_int8));
   m.impl("dequantize_int8.out", TORCH_BOX(&nexus::dequantize_int8_out));
+  m.impl("dequantize_ggml", TORCH_BOX(&nexus::dequantize_ggml));
   m.impl("quantize_nf4", TORCH_BOX(&nexus::quantize_nf4));
   m.impl("nf4_linear", TORCH_BOX(&nexus::nf4_linear));
   m.impl("int8_linear", TORCH_BOX(&nexus::int8_linear));

@@ -1,7 +1,7 @@
 """The ops on packed weights on a GPU: outputs are made here, Triton kernels fill them.
 
 Triton is imported when the first op needs it. What has no kernel of its own (packing, which happens
-once) is the reference's PyTorch.
+once; GGUF) is the reference's PyTorch.
 """
 
 from __future__ import annotations
@@ -259,5 +259,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "dequantize_int8.out": dequantize_int8_out,
     "nf4_linear": nf4_linear,
     "int8_linear": int8_linear,
+    "dequantize_ggml": reference.dequantize_ggml,
     "quantize_nf4": reference.quantize_nf4,
 }

@@ -2,9 +2,9 @@
 
     PackedWeights(checkpoint).find(name) ──▶ PackedWeight(packing, parts)
 
-Reads what bitsandbytes and compressed-tensors write, as it is. Bytes of weights are not touched;
-the little that describes them (a JSON text, tables of codes) is read here, once, and compared with
-what it must be.
+Reads what bitsandbytes and compressed-tensors write, and GGUF, as it is. Bytes of weights are not
+touched; the little that describes them (a JSON text, tables of codes) is read here, once, and
+compared with what it must be.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from nexus_ext.checkpoint import Checkpoint, Entry
 from nexus_ext.errors import CheckpointFormatError
 from nexus_ext.quant import reference
+from nexus_ext.quant.gguf_file import GGUFCheckpoint
 from nexus_ext.quant.packing import INT8, NF4, NestedNF4, Packing
 
 __all__ = ["PackedWeight", "PackedWeights"]
@@ -79,6 +80,9 @@ class PackedWeights:
             CheckpointFormatError: Parts are missing, of the wrong size, or of an unknown kind.
         """
         entries = self._checkpoint.entries
+        if isinstance(self._checkpoint, GGUFCheckpoint):
+            packing = self._checkpoint.packings.get(weight)
+            return None if packing is None else PackedWeight(packing, {"q": weight})
         if weight in self._states:
             return _Nibbles(self._checkpoint, weight, self._states[weight]).read()
         row_scale = weight.removesuffix("weight") + "SCB"

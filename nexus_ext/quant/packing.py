@@ -33,6 +33,10 @@ class Packing:
         """The weight, a new tensor of `shape`."""
         raise NotImplementedError
 
+    def rows(self, ids: torch.Tensor, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        """The rows that `ids` name: [*ids.shape, width]."""
+        return functional.embedding(ids, self.decode(parts, dtype))
+
     def linear(
         self, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -135,10 +139,28 @@ class INT8(Packing):
 
 @dataclass(frozen=True)
 class GGML(Packing):
-    """Parts: q, blocks of GGUF's `kind`, "q8_0" or "q4_0"."""
+    """Parts: q, blocks of GGUF's `kind`, "q8_0" or "q4_0".
+
+    `heads` is above 0 where the file has each head's rows in pairs (i, i + half) side by side, as
+    llama.cpp wants them for its rotary embedding: transformers wants the halves apart.
+    """
 
     kind: str
+    heads: int = 0
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        decode = {"q8_0": reference.dequantize_q8_0, "q4_0": reference.dequantize_q4_0}[self.kind]
-        return decode(parts["q"].reshape(-1), self.shape, dtype)
+        weight: torch.Tensor = ops.native.dequantize_ggml(parts["q"], self.kind, self.shape, dtype)
+        if self.heads == 0:
+            return weight
+        rows, width = self.shape
+        pairs = weight.view(self.heads, rows // self.heads // 2, 2, width)
+        return pairs.transpose(1, 2).reshape(rows, width)
+
+    def rows(self, ids: torch.Tensor, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        """The rows that `ids` name: [*ids.shape, width]."""
+        table = parts["q"].view(self.shape[0], -1)
+        chosen = table[ids.reshape(-1)]
+        decoded: torch.Tensor = ops.native.dequantize_ggml(
+            chosen, self.kind, [len(chosen), self.shape[1]], dtype
+        )
+        return decoded.view(*ids.shape, self.shape[1])

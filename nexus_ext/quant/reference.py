@@ -21,10 +21,9 @@ __all__ = [
     "NF4_CODE",
     "check_quantizable",
     "dequantize_absmax",
+    "dequantize_ggml",
     "dequantize_int8",
     "dequantize_nf4",
-    "dequantize_q4_0",
-    "dequantize_q8_0",
     "nested_code",
     "quantize_absmax",
     "quantize_int8",
@@ -240,27 +239,25 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.round(half.float() * factor[:, None]).to(torch.int8), scale
 
 
-def dequantize_q8_0(blocks: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """GGUF's Q8_0: 34 bytes for 32 elements, a float16 step and 32 int8; `step * q`.
+def dequantize_ggml(
+    blocks: torch.Tensor, kind: str, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Two kinds of GGUF, blocks of 32 elements behind a float16 step, rounded to `dtype`.
+
+    "q8_0": 32 int8, `step * q`. "q4_0": 16 bytes of codes, `step * (code - 8)`; the low halves are
+    elements 0 to 15, the high ones 16 to 31.
 
     Args:
-        blocks: Bytes, flat.
+        blocks: Bytes: 34 a block, or 18.
+        kind: "q8_0" or "q4_0".
         shape: Of the weight; its last dimension is a multiple of 32.
         dtype: float32, float16 or bfloat16.
     """
-    cells = blocks.reshape(-1, 34)
+    cells = blocks.reshape(-1, {"q8_0": 34, "q4_0": 18}[kind])
     step = cells[:, :2].contiguous().view(torch.float16).float()
-    q = cells[:, 2:].contiguous().view(torch.int8).float()
-    return (step * q).to(dtype).reshape(tuple(shape))
-
-
-def dequantize_q4_0(blocks: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """GGUF's Q4_0: 18 bytes for 32 elements, a float16 step and 16 of codes; `step * (q - 8)`.
-
-    The low halves are elements 0 to 15, the high ones 16 to 31. Arguments as `dequantize_q8_0`.
-    """
-    cells = blocks.reshape(-1, 18)
-    step = cells[:, :2].contiguous().view(torch.float16).float()
-    packed = cells[:, 2:].int()
-    q = torch.cat([packed & 15, packed >> 4], dim=1).float() - 8.0
+    rest = cells[:, 2:].contiguous()
+    if kind == "q8_0":
+        q = rest.view(torch.int8).float()
+    else:
+        q = torch.cat([rest & 15, rest >> 4], dim=1).float() - 8.0
     return (step * q).to(dtype).reshape(tuple(shape))

@@ -143,6 +143,14 @@ def _int8_out_fake(
     _check_dtype(dtype)
 
 
+@_fake("nexus::dequantize_ggml")  # type: ignore[untyped-decorator]
+def _ggml_fake(
+    blocks: torch.Tensor, kind: str, shape: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    _check_dtype(dtype)
+    return blocks.new_empty(shape, dtype=dtype)
+
+
 @_fake("nexus::quantize_nf4")  # type: ignore[untyped-decorator]
 def _quantize_nf4_fake(weight: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     _check_blocksize(blocksize)
