@@ -1,7 +1,7 @@
 """What a user may ask for, checked once; and the only reader of the environment.
 
 NEXUS_PREFAULT  on | off | auto (1 and 0 too): overrides the default of `prefault`
-NEXUS_HOME      folder for what nexus keeps: recorded digests, the demo's model
+NEXUS_HOME      folder for what nexus keeps: recorded digests, packed models, the demo's model
 NEXUS_POISON    1 fills freed arenas with NaN bytes: a wrong read cannot pass unseen
 """
 

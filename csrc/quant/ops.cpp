@@ -77,10 +77,12 @@ Float float_of(ScalarType dtype) {
 }
 
 const float* floats(const Tensor& tensor, const char* name, int64_t count) {
-  require(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
-              tensor.numel() == count,
-          name, " must be ", count, " contiguous float32, got ", tensor.numel(), " elements of ",
-          tensor.element_size(), " bytes; the tensors of one weight belong together.");
+  if (tensor.scalar_type() != ScalarType::Float || !tensor.is_contiguous() ||
+      tensor.numel() != count) {
+    fail("QuantizationError", name, " must be ", count, " contiguous float32, got ", tensor.numel(),
+         " elements of ", tensor.element_size(),
+         " bytes; the tensors of one weight belong together.");
+  }
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
@@ -103,8 +105,7 @@ const float* code_of(const std::optional<Tensor>& code) {
 
 int64_t num_blocks(int64_t numel, int64_t blocksize) { return (numel + blocksize - 1) / blocksize; }
 
-// --- packed weights from tensors
-// ------------------------------------------------------------------
+// --- packed weights from tensors ----------------------------------------------------------------
 
 struct Nested {
   const Tensor& absmax;
@@ -154,22 +155,33 @@ Bytes bytes_of(const Tensor& packed, const Tensor& scale, double divisor) {
           1.0f / static_cast<float>(divisor)};
 }
 
-// --- decoding
-// -------------------------------------------------------------------------------------
+// --- decoding -----------------------------------------------------------------------------------
 
 int64_t product(const Ints& shape) {
   return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
 }
 
-Tensor empty(const Ints& shape, ScalarType dtype) {
-  const int64_t numel = product(shape);
-  const int64_t nbytes = numel * size_of(float_of(dtype));
-  if (nbytes < kLargeBytes) {
-    return torch::stable::empty(shape, dtype, std::nullopt,
-                                torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  }
+Ints contiguous_strides(const Ints& shape) {
   Ints strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
+  return strides;
+}
+
+Tensor empty(const Ints& shape, ScalarType dtype) {
+  const Ints strides = contiguous_strides(shape);
+  const Float type = float_of(dtype);
+  const int64_t nbytes = product(shape) * size_of(type);
+  if (nbytes < kLargeBytes) {
+    const int32_t number = type == Float::k32   ? aoti_torch_dtype_float32()
+                           : type == Float::k16 ? aoti_torch_dtype_float16()
+                                                : aoti_torch_dtype_bfloat16();
+    // Not through the dispatcher, which would look for the op by its name.
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()),
+                                                    shape.data(), strides.data(), number,
+                                                    aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+  }
   Block block = recycled_block(nbytes);
   std::byte* memory = block.get();
   return torch::stable::from_blob(memory, shape, strides,
@@ -194,9 +206,11 @@ void decode_all(const Weight& weight, int64_t numel, Float to, std::byte* out) {
 }
 
 void check_out(const Tensor& out, const Ints& shape, ScalarType dtype) {
-  require(out.is_contiguous() && out.scalar_type() == dtype && out.numel() == product(shape),
-          "out must be ", product(shape), " contiguous elements of the dtype asked for, got ",
-          out.numel(), " of ", out.element_size(), " bytes.");
+  if (!out.is_contiguous() || out.scalar_type() != dtype || out.numel() != product(shape)) {
+    fail("QuantizationError", "out must be ", product(shape),
+         " contiguous elements of the dtype asked for, got ", out.numel(), " of ",
+         out.element_size(), " bytes.");
+  }
 }
 
 template <typename Weight>
@@ -260,8 +274,7 @@ Tensor dequantize_ggml(const Tensor& blocks, std::string kind, Ints shape, Scala
   return decoded(weight, shape, dtype);
 }
 
-// --- several weights in one arena
-// -------------------------------------------------------------------
+// --- several weights in one arena ---------------------------------------------------------------
 
 class Unit {
  public:
@@ -327,8 +340,7 @@ Tensor dequantize_nf4_grouped(const Tensor& arena, const Tensor& offsets,
   return out;
 }
 
-// --- linear
-// -----------------------------------------------------------------------------------------
+// --- linear -------------------------------------------------------------------------------------
 
 // A tile of decoded rows that stays in a core's cache.
 constexpr int64_t kTileBytes = 1 << 20;
@@ -480,8 +492,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& q, const Tensor& scale,
   return linear({x, num_inputs_of(x), q.size(0), q.size(1), bias}, weight);
 }
 
-// --- encoding
-// -----------------------------------------------------------------------------------------
+// --- encoding -----------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t blocksize) {
   check_blocksize(blocksize);
