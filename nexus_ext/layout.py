@@ -12,6 +12,7 @@ from nexus_ext.blocks import find_blocks
 from nexus_ext.checkpoint import Checkpoint, Entry, Group
 from nexus_ext.errors import CheckpointMismatch, StreamError
 from nexus_ext.quant.formats import PackedWeight, PackedWeights
+from nexus_ext.quant.packing import DECODED_DTYPES
 
 __all__ = ["Layout", "lay_out"]
 
@@ -300,10 +301,14 @@ def _refuse_mismatch(
         entry, tensor = checkpoint.entries[entry_name], tensors[name]
         if name in packed:
             shape = packed[name].packing.shape
+            where = f"in {checkpoint.files[entry.file].path} at offset {entry.offset}"
             if shape != tuple(tensor.shape):
+                sizes = f"{list(tensor.shape)} in the model and {list(shape)}, packed,"
+                problems.append(f"{name} is {sizes} {where}")
+            elif tensor.dtype not in DECODED_DTYPES:
                 problems.append(
-                    f"{name} is {list(tensor.shape)} in the model and {list(shape)}, packed, in "
-                    f"{checkpoint.files[entry.file].path} at offset {entry.offset}"
+                    f"{name} is {_kind(tensor.dtype, shape)} in the model and packed, for float32, "
+                    f"float16 or bfloat16, {where}"
                 )
         elif not _is_same_kind(tensor, entry):
             problems.append(

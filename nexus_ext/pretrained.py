@@ -68,6 +68,7 @@ def from_pretrained(
         NexusError: As `stream`.
     """
     path = locate(name)
+    groups = groups if groups is None or isinstance(groups, str) else list(groups)
     if weights is not None:
         path = _converted(path, config_of(weights), model_class, groups, progress)
     checkpoint = open_checkpoint(path)
@@ -157,16 +158,17 @@ def _converted(
     path: Path,
     config: QuantConfig,
     model_class: str | type[nn.Module] | None,
-    groups: str | Iterable[str] | None,
+    groups: str | list[str] | None,
     progress: Progress | None,
 ) -> Path:
     """The folder of this model, packed; made if it is not there, by one process at a time."""
-    source = Checkpoint.open(path)
-    asked = repr((source.fingerprint, config, groups if groups is None else list(groups)))
+    described = path / "config.json"
+    about = described.read_text() if described.exists() else ""
+    asked = repr((Checkpoint.open(path).fingerprint, about, config, groups))
     key = hashlib.sha256(asked.encode()).hexdigest()[:16]
     folder = home_folder() / "converted" / f"{path.name}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
+    with open(folder.parent / f"{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "model.safetensors.index.json").exists():
             _log.info("packing %s into %s", path, folder)

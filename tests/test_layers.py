@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "quant.layer": {"errors", "quant.config", "quant.packed"},
     "quant.convert": {"checkpoint", "errors", "quant.config", "quant.packed"},
     "quant": {"quant.config", "quant.layer"},
-    "layout": {"blocks", "checkpoint", "errors", "quant.formats"},
+    "layout": {"blocks", "checkpoint", "errors", "quant.formats", "quant.packing"},
     "attachment": {
         "checkpoint",
         "errors",

@@ -17,12 +17,15 @@ namespace {
 
 constexpr int64_t kLargestBlock = 4096;
 
-// Half-way between neighbouring codes, as float32; what is equal belongs to the lower one.
-constexpr std::array<float, 15> kThresholds = {
-    -0.8480964004993439f,  -0.6106329262256622f,  -0.4599952697753906f,   -0.33967943489551544f,
-    -0.23460740596055984f, -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f,
-    0.1202552504837513f,   0.2035212516784668f,   0.2920137718319893f,    0.3893125355243683f,
-    0.5016634166240692f,   0.6427869200706482f,   0.8614784181118011f};
+// Half-way between neighbouring codes, rounded to float32; what is equal belongs to the lower one.
+// Computed: a literal with an f is rounded once, and in Python it would be twice.
+constexpr std::array<float, 15> kThresholds = [] {
+  std::array<float, 15> found{};
+  for (size_t i = 0; i < found.size(); ++i) {
+    found[i] = (kNormalFloat[i] + kNormalFloat[i + 1]) / 2;
+  }
+  return found;
+}();
 
 NEXUS_FOR_ALL_CPUS float largest(const float* numbers, int64_t count) {
   float found = 0;

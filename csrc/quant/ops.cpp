@@ -33,26 +33,6 @@ namespace {
 
 using Ints = std::vector<int64_t>;
 
-// The sixteen quantiles of bitsandbytes' "nf4".
-constexpr float kNormalFloat[16] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
-};
-
 // Results from here on are worth recycling: allocators give such blocks back to the kernel.
 constexpr int64_t kLargeBytes = 1 << 20;
 // A result beyond this does not stay in a core's cache until it is read.
@@ -100,7 +80,7 @@ void check_blocksize(int64_t blocksize) {
 }
 
 const float* code_of(const std::optional<Tensor>& code) {
-  return code.has_value() ? floats(*code, "code", 16) : kNormalFloat;
+  return code.has_value() ? floats(*code, "code", 16) : kNormalFloat.data();
 }
 
 int64_t num_blocks(int64_t numel, int64_t blocksize) { return (numel + blocksize - 1) / blocksize; }
@@ -448,11 +428,11 @@ Tensor linear(const Product& product, const Weight& weight) {
          product.x.size(product.x.dim() - 1), ".");
   }
   const auto& bias = product.bias;
-  if (bias.has_value() && (bias->numel() != product.num_rows || !bias->is_contiguous() ||
-                           bias->scalar_type() != product.dtype())) {
+  if (bias.has_value() && (bias->dim() != 1 || bias->numel() != product.num_rows ||
+                           !bias->is_contiguous() || bias->scalar_type() != product.dtype())) {
     fail("QuantizationError", "bias must be ", product.num_rows,
-         " contiguous elements of the dtype of x, got ", bias->numel(), " of ",
-         bias->element_size(), " bytes.");
+         " contiguous elements of the dtype of x, got ", bias->numel(), " in ", bias->dim(),
+         " dimensions, of ", bias->element_size(), " bytes.");
   }
   // What begins a row must begin a block, or a row could not be decoded by itself.
   const bool can_fuse = width > 0 && width % weight.unit() == 0;

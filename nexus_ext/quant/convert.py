@@ -2,9 +2,10 @@
 
     source ──read one group──▶ pack ──▶ one shard, written under another name, then renamed
 
-Never holds more than one group. Every shard is plain safetensors, its data begins on a page and
-lies in the order in which a group is laid out: one read brings a group. Names and config.json are
-those of bitsandbytes, so that transformers loads the result, except for mixtures of 4 and 8 bits.
+Never holds more than one group, and what packing its largest weight takes. Every shard is plain
+safetensors, its data begins on a page and lies in the order in which a group is laid out: one read
+brings a group. Names and config.json are those of bitsandbytes, so that transformers loads the
+result, except for mixtures of 4 and 8 bits.
 
 A conversion that was interrupted goes on where it stopped: its journal (`JOURNAL`) says which
 shards are done, and for which source and configuration.
@@ -198,12 +199,13 @@ class _Job:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._note(self._identity)
             return {}
-        lines = _whole_lines(journal)
+        lines, end = _whole_lines(journal)
         if not lines or lines[0] != self._identity:
             raise ConfigError(
                 f"{self._folder} holds the conversion of another source or configuration. Name "
                 "another folder, or remove it."
             )
+        os.truncate(journal, end)  # the next line begins where a line begins
         return {line["shard"]: line["packed"] for line in lines[1:]}
 
     def _note(self, line: Mapping[str, Any]) -> None:
@@ -302,15 +304,18 @@ class _Job:
         }
 
 
-def _whole_lines(journal: Path) -> list[dict[str, Any]]:
-    """The lines that were written to their end; power may fail in the middle of one."""
-    lines = []
-    for line in journal.read_text().splitlines():
+def _whole_lines(journal: Path) -> tuple[list[Any], int]:
+    """The lines that were written to their end, and where that is: power may fail in the middle."""
+    lines, end = [], 0
+    for line in journal.read_bytes().splitlines(keepends=True):
         try:
-            lines.append(json.loads(line))
+            if not line.endswith(b"\n"):
+                break
+            lines.append(json.loads(line.decode()))
         except ValueError:
             break
-    return lines
+        end += len(line)
+    return lines, end
 
 
 # -- files -----------------------------------------------------------------------------------------

@@ -67,9 +67,10 @@ class PackedWeights:
     def names(self) -> set[str]:
         """Every name that belongs to a packed weight."""
         found = set()
-        for name in self._checkpoint.entries:
-            packed = name.endswith(".weight") and self.find(name)
-            if packed:
+        for name, entry in self._checkpoint.entries.items():
+            is_plain = entry.dtype.is_floating_point and name not in self._states
+            packed = None if is_plain or not name.endswith("weight") else self.find(name)
+            if packed is not None:
                 found |= packed.names
         return found
 
@@ -150,7 +151,7 @@ class _Nibbles:
         nested, table = self._part("nested_absmax"), self._part("nested_quant_map")
         self._check_kind(nested, torch.float32, -(-num_blocks // nested_blocksize))
         self._check_kind(table, torch.float32, 256)
-        constants["nested_code"] = _shared(_tensor_of(self._checkpoint, table))
+        constants["nested_code"] = _shared(self._table(table))
         constants["nested_offset"] = torch.tensor(self._number("nested_offset"))
         return PackedWeight(
             NestedNF4(shape, blocksize, nested_blocksize),
@@ -165,7 +166,7 @@ class _Nibbles:
         data = _bytes_of(self._checkpoint, self._state)
         try:
             fields = json.loads(data.decode())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self._refuse("A quant_state must be JSON", f"{data[:60]!r} ({error})")
         if not isinstance(fields, dict):
             self._refuse("A quant_state must be a JSON object", repr(fields)[:60])
@@ -193,9 +194,10 @@ class _Nibbles:
         return int(value)
 
     def _number(self, name: str) -> float:
-        value = self._fields.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self._refuse(f"A {name} must be a number", value)
+        value: Any = self._fields.get(name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= torch.finfo(torch.float32).max:
+            self._refuse(f"A {name} must be a number that float32 holds", repr(value)[:60])
         return float(value)
 
     def _entry(self, name: str) -> Entry:
@@ -210,7 +212,13 @@ class _Nibbles:
     def _code(self) -> torch.Tensor:
         entry = self._part("quant_map")
         self._check_kind(entry, torch.float32, 16)
-        return _tensor_of(self._checkpoint, entry)
+        return self._table(entry)
+
+    def _table(self, entry: Entry) -> torch.Tensor:
+        values = _tensor_of(self._checkpoint, entry)
+        if not torch.isfinite(values).all():
+            _fail(self._checkpoint, entry, "A table of codes must be finite", values.tolist()[:16])
+        return values
 
     @staticmethod
     def _is_nf4(code: torch.Tensor) -> bool:
@@ -292,7 +300,8 @@ def _compressed(checkpoint: Checkpoint, weight: str, scale: str) -> PackedWeight
         _fail(checkpoint, zero, "Only symmetric int8 is read", "zero points", "Quantise again.")
     numel = math.prod(entry.shape)
     rows, width = packed.shape
-    is_shared = numel == 1 or (numel and numel % rows == 0 and width % (numel // rows) == 0)
+    by_row = (len(entry.shape) == 2 and entry.shape[0] == rows) or entry.shape == (rows,)
+    is_shared = numel == 1 or (by_row and numel > 0 and width % (numel // rows) == 0)
     if not entry.dtype.is_floating_point or not is_shared:
         _fail(
             checkpoint,

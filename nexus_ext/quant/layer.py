@@ -80,14 +80,17 @@ def quantize_layer(
         own = chosen.of_module("")
         return layer if own is None else _packed(layer, own, "the layer")
     made: dict[int, nn.Module] = {}
-    for name, module in list(layer.named_modules(remove_duplicate=False)):
+    places: list[tuple[str, int]] = []
+    for name, module in layer.named_modules(remove_duplicate=False):
         own = chosen.of_module(name)
-        if type(module) is not nn.Linear or own is None:
-            continue
+        if type(module) is nn.Linear and own is not None:
+            places.append((name, id(module)))
+            if id(module) not in made:
+                made[id(module)] = _packed(module, own, name)
+    # Nothing is replaced unless everything can be packed.
+    for name, key in places:
         path, _, leaf = name.rpartition(".")
-        if id(module) not in made:
-            made[id(module)] = _packed(module, own, name)
-        setattr(layer.get_submodule(path), leaf, made[id(module)])
+        setattr(layer.get_submodule(path), leaf, made[key])
     if not made:
         raise ConfigError(
             f"quantize_layer packs nn.Linear modules; {type(layer).__name__} has none to pack. "

@@ -16,9 +16,11 @@ from nexus_ext import ops
 from nexus_ext.quant import reference
 from nexus_ext.quant.registration import NESTED_BLOCKSIZE
 
-__all__ = ["GGML", "INT8", "NF4", "NestedNF4", "Packing"]
+__all__ = ["DECODED_DTYPES", "GGML", "INT8", "NF4", "NestedNF4", "Packing"]
 
 Parts = Mapping[str, torch.Tensor]
+# What a weight may decode to.
+DECODED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)

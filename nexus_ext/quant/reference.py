@@ -49,24 +49,6 @@ NF4_CODE = (
     0.7229568362236023,
     1.0,
 )
-# Half-way between neighbours, as float32.
-NF4_THRESHOLDS = (
-    -0.8480964004993439,
-    -0.6106329262256622,
-    -0.4599952697753906,
-    -0.33967943489551544,
-    -0.23460740596055984,
-    -0.13791173323988914,
-    -0.045525018125772476,
-    0.03979014977812767,
-    0.1202552504837513,
-    0.2035212516784668,
-    0.2920137718319893,
-    0.3893125355243683,
-    0.5016634166240692,
-    0.6427869200706482,
-    0.8614784181118011,
-)
 # Sign, two bits of exponent, one of mantissa; divided by the largest.
 _FP4_POSITIVE = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4_CODE = (*(value / 12 for value in _FP4_POSITIVE), *(-value / 12 for value in _FP4_POSITIVE))
@@ -176,8 +158,8 @@ def check_quantizable(weight: torch.Tensor, name: str = "a weight") -> None:
 def quantize_nf4(weight: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales: (uint8 [ceil(n / 2)], float32 [ceil(n / blocksize)]).
 
-    A code is the number of thresholds below `x * (1 / absmax)`. A block of zeros gets code 7, which
-    means 0, and scale 0.
+    A code is the number of middles between codes below `x * (1 / absmax)`. A block of zeros gets
+    code 7, which means 0, and scale 0.
 
     Raises:
         QuantizationError: A weight that is not finite, or of another dtype.
@@ -190,7 +172,7 @@ def quantize_nf4(weight: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, to
     factor = 1.0 / scale
     # Where the factor overflows, the quotient is exact enough; where all is 0, so is every share.
     share = torch.where(factor.isfinite(), flat * factor, (flat / scale).nan_to_num(0.0))
-    codes = torch.bucketize(share, flat.new_tensor(NF4_THRESHOLDS)).to(torch.uint8)
+    codes = torch.bucketize(share, _middles(flat.new_tensor(NF4_CODE))).to(torch.uint8)
     codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
     return codes[::2] << 4 | codes[1::2], absmax
 
@@ -209,9 +191,13 @@ def quantize_absmax(
     nested = padded.reshape(-1, NESTED_BLOCKSIZE).abs().amax(1)
     scale = nested.repeat_interleave(NESTED_BLOCKSIZE)[: rest.numel()]
     share = torch.where(scale > 0, rest / scale, torch.zeros(()))
-    code = _nested_code()
-    middles = (code[:-1] + code[1:]) / 2
-    return torch.bucketize(share, middles).to(torch.uint8), nested, offset
+    codes = torch.bucketize(share, _middles(_nested_code())).to(torch.uint8)
+    return codes, nested, offset
+
+
+def _middles(code: torch.Tensor) -> torch.Tensor:
+    """Half-way between neighbours."""
+    return (code[:-1] + code[1:]) / 2
 
 
 @functools.cache

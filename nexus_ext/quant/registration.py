@@ -227,7 +227,7 @@ def _quantize_nested(
 
 @torch.library.impl("nexus::quantize_int8", "CompositeExplicitAutograd")
 def _quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference.quantize_int8(weight)
+    return reference.quantize_int8(weight.detach())
 
 
 for _op, _kernel in cuda.KERNELS.items():
@@ -235,6 +235,23 @@ for _op, _kernel in cuda.KERNELS.items():
 
 
 # -- gradients -------------------------------------------------------------------------------------
+
+
+# Neither decoding nor packing has a gradient: results begin no graph.
+for _op in (
+    "dequantize_nf4",
+    "dequantize_nf4.out",
+    "dequantize_nf4_nested",
+    "dequantize_nf4_nested.out",
+    "dequantize_nf4_grouped",
+    "dequantize_int8",
+    "dequantize_int8.out",
+    "dequantize_ggml",
+    "quantize_nf4",
+    "quantize_nf4_nested",
+    "quantize_int8",
+):
+    torch.library.impl(f"nexus::{_op}", "Autograd")(torch.library.fallthrough_kernel)
 
 
 def _sum_to_bias(grad: torch.Tensor) -> torch.Tensor:
