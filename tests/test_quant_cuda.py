@@ -102,6 +102,6 @@ def test_products_agree(weight: torch.Tensor, rows: int, has_bias: bool) -> None
 def test_every_op_has_a_kernel_on_gpus() -> None:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     ops = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(PACKED)]
-    assert len(ops) == 12
+    assert len(ops) == 13
     for op in ops:
         assert has_kernel(op, "CUDA") or has_kernel(op, "CompositeExplicitAutograd"), op
