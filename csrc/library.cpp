@@ -283,8 +283,7 @@ STABLE_TORCH_LIBRARY(nexus, m) {
       "dequantize_int8.out(Tensor q, Tensor scale, ScalarType dtype, float divisor=127., *, "
       "Tensor(a!) out) -> ()");
   // blocks: bytes of GGUF's kind, "q8_0" or "q4_0", 32 elements in each.
-  m.def(
-      "dequantize_ggml(Tensor blocks, str kind, SymInt[] shape, ScalarType dtype) -> Tensor");
+  m.def("dequantize_ggml(Tensor blocks, str kind, SymInt[] shape, ScalarType dtype) -> Tensor");
   m.def("quantize_nf4(Tensor weight, int blocksize) -> (Tensor, Tensor)");
   m.def("quantize_nf4_nested(Tensor weight, int blocksize) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("quantize_int8(Tensor weight) -> (Tensor, Tensor)");
