@@ -329,7 +329,7 @@ def minilm(folder: Path, is_toy: bool) -> list[dict[str, Any]]:
     want, plan = streamed(source, "1GiB")
     before = sum(plan.group_bytes)
     lines = []
-    for kind in ("nf4", "nf4-nested", "int8", "mixed"):
+    for kind in ("nf4", "nf4-nested", "nf4-fine", "int8", "mixed"):
         nexus.convert(source, folder / kind, kind)
         resident, plan = streamed(folder / kind, "1GiB")
         smallest = plan.outside_bytes + 2 * max(plan.group_bytes)

@@ -284,8 +284,11 @@ STABLE_TORCH_LIBRARY(nexus, m) {
       "Tensor(a!) out) -> ()");
   // blocks: bytes of GGUF's kind, "q8_0" or "q4_0", 32 elements in each.
   m.def("dequantize_ggml(Tensor blocks, str kind, SymInt[] shape, ScalarType dtype) -> Tensor");
-  m.def("quantize_nf4(Tensor weight, int blocksize) -> (Tensor, Tensor)");
-  m.def("quantize_nf4_nested(Tensor weight, int blocksize) -> (Tensor, Tensor, Tensor, Tensor)");
+  // num_scales: how many scales are tried for each block; 1 is the largest magnitude alone.
+  m.def("quantize_nf4(Tensor weight, int blocksize, int num_scales=1) -> (Tensor, Tensor)");
+  m.def(
+      "quantize_nf4_nested(Tensor weight, int blocksize, int num_scales=1) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
   m.def("quantize_int8(Tensor weight) -> (Tensor, Tensor)");
   // linear(x, decoded weight, bias), without a decoded weight in memory.
   m.def(

@@ -42,7 +42,7 @@ ByRows = Annotated[
 ]
 Weights = Annotated[
     str | None,
-    typer.Option(help="nf4, nf4-nested, int8 or mixed: pack the weights once, and stream those."),
+    typer.Option(help="nf4, nf4-nested, nf4-fine, int8 or mixed: pack once, and stream that."),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.")]
 
@@ -187,7 +187,7 @@ def plan(
 def convert(
     model: Model,
     folder: Annotated[Path, typer.Argument(help="Where to write; new, or interrupted before.")],
-    weights: Annotated[str, typer.Option(help="nf4, nf4-nested, int8 or mixed.")] = "nf4",
+    weights: Annotated[str, typer.Option(help="nf4, nf4-nested, nf4-fine, int8 or mixed.")] = "nf4",
     json_file: JsonFile = None,
 ) -> None:
     """Pack a model's weights: a quarter (NF4) or half (INT8) of the bytes to stream."""

@@ -56,9 +56,9 @@ def from_pretrained(
         device: As in `stream`.
         groups: As in `stream`.
         by_rows: As in `stream`.
-        weights: "nf4", "nf4-nested", "int8", "mixed" or a config of `nexus_ext.quant`: convert the
-            checkpoint once (into NEXUS_HOME) and stream that. None streams it as it is, be it plain
-            or packed.
+        weights: "nf4", "nf4-nested", "nf4-fine", "int8", "mixed" or a config of `nexus_ext.quant`:
+            convert the checkpoint once (into NEXUS_HOME) and stream that. None streams it as it is,
+            be it plain or packed.
         progress: As in `stream`.
         **options: As in `stream`: budget, io, lookahead, ram_budget, verify, prefault, ...
 
@@ -129,7 +129,7 @@ def convert(
     Args:
         name: A folder with config.json and safetensors, or a hub id.
         folder: The destination; new, or of the same conversion, interrupted.
-        weights: "nf4", "nf4-nested", "int8", "mixed", or a config of `nexus_ext.quant`.
+        weights: "nf4", "nf4-nested", "nf4-fine", "int8", "mixed", or a config of `nexus_ext.quant`.
         model_class, groups: As in `from_pretrained`.
         progress: Called as (what, done_bytes, total_bytes).
 

@@ -181,3 +181,24 @@ def test_help_names_every_command() -> None:
     shown = invoke("--help")
     for command in ("run", "bench", "plan", "doctor", "demo"):
         assert command in shown
+
+
+def test_convert_packs_and_run_streams_what_it_made(model: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    shown = invoke("convert", model, tmp_path / "packed", "--weights", "int8", "--json", report)
+    assert "42 modules packed" in shown
+    modules = json.loads(report.read_text())["modules"]
+    assert {line["weights"] for line in modules} == {"int8"}
+    assert all(line["bytes_after"] < 0.6 * line["bytes_before"] for line in modules)
+    text = invoke("run", tmp_path / "packed", "--prompt", "w1 w2", "--max-new-tokens", 4)
+    assert text == invoke(
+        "run", model, "--weights", "int8", "--prompt", "w1 w2", "--max-new-tokens", 4
+    )
+
+
+def test_convert_into_a_folder_of_something_else_is_one_line(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    done = nexus("convert", model, tmp_path)
+    assert done.returncode == 1
+    assert "A destination must be new" in done.stderr
+    assert "Traceback" not in done.stderr

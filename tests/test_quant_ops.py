@@ -1307,3 +1307,27 @@ def test_shapes_that_overflow_are_refused() -> None:
     for shape in ([2**32, 2**32], [2**31, 2**33], [-1, -192], [-2]):
         with pytest.raises((QuantizationError, RuntimeError)):
             call(nf4, Q[:0], ABSMAX[:0], shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+def test_of_several_scales_the_best_is_taken(dtype: torch.dtype, blocksize: int) -> None:
+    weight = torch.randn(67, 130, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[5] = 0
+    weight[6] *= 1e-42
+
+    def error(packed: tuple[torch.Tensor, torch.Tensor]) -> float:
+        decoded = reference.dequantize_nf4(*packed, blocksize, weight.shape, torch.float32)
+        return (decoded - weight.float()).square().sum().item()
+
+    best = OPS.quantize_nf4(weight, blocksize, 32)
+    want = reference.quantize_nf4(weight, blocksize, 32)
+    # Sums in another order may prefer another of two scales that are as good.
+    assert error(best) == pytest.approx(error(want), rel=1e-5)
+    assert (best[1] != want[1]).float().mean() <= 0.02
+    assert error(best) < error(OPS.quantize_nf4(weight, blocksize, 8)) * 1.0001
+    assert error(best) < 0.98 * error(OPS.quantize_nf4(weight, blocksize))
+    nested = OPS.quantize_nf4_nested(weight, blocksize, 32)
+    assert torch.equal(nested[0], best[0])
+    with pytest.raises(RuntimeError, match=r"num_scales lies in 1\.\.1024, got 0"):
+        OPS.quantize_nf4(weight, blocksize, 0)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 
 #include "quant/scalar.h"
 
@@ -47,6 +48,36 @@ NEXUS_FOR_ALL_CPUS void codes_of(const float* numbers, float factor, int64_t cou
   }
 }
 
+NEXUS_FOR_ALL_CPUS float squared_error(const float* numbers, const int32_t* codes, float scale,
+                                       int64_t count) {
+  float sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float difference = kNormalFloat[static_cast<size_t>(codes[i])] * scale - numbers[i];
+    sum += difference * difference;
+  }
+  return sum;
+}
+
+// A few numbers that are cut off may be worth it, if all the others are met better.
+float best_scale(const float* numbers, int64_t count, float absmax, int64_t num_scales) {
+  std::array<int32_t, kLargestBlock> codes;
+  float best = absmax;
+  float smallest = std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < num_scales; ++i) {
+    const double part = static_cast<double>(i) / static_cast<double>(num_scales);
+    const float scale = absmax * static_cast<float>(1 - (1 - kSmallestShare) * part);
+    const float factor = 1.0f / scale;
+    if (!std::isfinite(factor)) break;
+    codes_of(numbers, factor, count, codes.data());
+    const float error = squared_error(numbers, codes.data(), scale, count);
+    if (error < smallest) {
+      smallest = error;
+      best = scale;
+    }
+  }
+  return best;
+}
+
 void encode_block(const float* numbers, int64_t count, float absmax, uint8_t* packed) {
   std::array<int32_t, kLargestBlock> codes;
   const float factor = 1.0f / absmax;
@@ -71,8 +102,8 @@ void encode_block(const float* numbers, int64_t count, float absmax, uint8_t* pa
 
 }  // namespace
 
-bool encode_nf4(const std::byte* numbers, Float type, int64_t blocksize, int64_t count,
-                uint8_t* packed, float* absmax) {
+bool encode_nf4(const std::byte* numbers, Float type, int64_t blocksize, int64_t num_scales,
+                int64_t count, uint8_t* packed, float* absmax) {
   std::array<float, kLargestBlock> block;
   for (int64_t first = 0; first < count; first += blocksize) {
     const int64_t now = std::min(blocksize, count - first);
@@ -84,6 +115,7 @@ bool encode_nf4(const std::byte* numbers, Float type, int64_t blocksize, int64_t
     }
     if (!is_finite) return false;
     *absmax = largest(block.data(), now);
+    if (num_scales > 1) *absmax = best_scale(block.data(), now, *absmax, num_scales);
     encode_block(block.data(), now, *absmax, packed + first / 2);
     ++absmax;
   }

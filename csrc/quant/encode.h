@@ -30,9 +30,12 @@ inline constexpr std::array<float, 16> kNormalFloat = {
     1.0f,
 };
 
-// `count` numbers from a block's first on: (count + 1) / 2 bytes of codes, and a scale per block.
-// False if one of them is not finite.
-bool encode_nf4(const std::byte* numbers, Float type, int64_t blocksize, int64_t count,
-                uint8_t* packed, float* absmax);
+// `count` numbers from a block's first on: (count + 1) / 2 bytes of codes, and a scale per block:
+// of `num_scales` between the largest magnitude and kSmallestShare of it, the one that leaves the
+// smallest squared error. False if a number is not finite.
+bool encode_nf4(const std::byte* numbers, Float type, int64_t blocksize, int64_t num_scales,
+                int64_t count, uint8_t* packed, float* absmax);
+
+inline constexpr double kSmallestShare = 0.6;
 
 }  // namespace nexus

@@ -474,8 +474,11 @@ Tensor int8_linear(const Tensor& x, const Tensor& q, const Tensor& scale,
 
 // --- encoding -----------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t blocksize) {
+std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t blocksize,
+                                        int64_t num_scales) {
   check_blocksize(blocksize);
+  require(num_scales >= 1 && num_scales <= 1024, "num_scales lies in 1..1024, got ", num_scales,
+          ".");
   const ScalarType dtype = weight.scalar_type();
   require(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
           "Weights to quantise are float32, float16 or bfloat16, got scalar type ",
@@ -494,7 +497,7 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t blocksize)
   const int64_t unit = std::max(blocksize, kGrain);
   torch::stable::parallel_for(0, num_blocks(numel, unit), 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * unit;
-    if (!encode_nf4(from + first * size_of(type), type, blocksize,
+    if (!encode_nf4(from + first * size_of(type), type, blocksize, num_scales,
                     std::min(end * unit, numel) - first, to + first / 2,
                     scales + first / blocksize)) {
       is_finite = false;

@@ -21,7 +21,7 @@ __all__ = [
     "get_nf4_config",
 ]
 
-Weights = Literal["nf4", "nf4-nested", "int8", "mixed"]
+Weights = Literal["nf4", "nf4-nested", "nf4-fine", "int8", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,22 @@ class NF4Config:
     Attributes:
         blocksize: Elements that share a scale: a power of two from 32 to 4096. 64 is usual.
         nested: Whether the scales are packed as well ("double quantisation").
+        num_scales: Scales tried for each block: 1 is bitsandbytes' (the largest magnitude); more
+            make the error smaller and packing slower. The format stays the same.
         skip: Modules to leave as they are: names, or patterns with *.
     """
 
     blocksize: int = 64
     nested: bool = False
+    num_scales: int = 1
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         size = self.blocksize
         if not (isinstance(size, int) and 32 <= size <= 4096 and size & (size - 1) == 0):
             raise ConfigError(f"A blocksize is a power of two from 32 to 4096, got {size!r}.")
+        if not (isinstance(self.num_scales, int) and 1 <= self.num_scales <= 1024):
+            raise ConfigError(f"num_scales lies in 1..1024, got {self.num_scales!r}.")
 
     def of_module(self, name: str) -> NF4Config | None:
         """How to pack the module of this name; None leaves it."""
@@ -105,13 +110,14 @@ def get_mixed_config() -> MixedConfig:
 _NAMED: dict[str, Callable[[], QuantConfig]] = {
     "nf4": get_nf4_config,
     "nf4-nested": lambda: NF4Config(nested=True),
+    "nf4-fine": lambda: NF4Config(blocksize=32, nested=True, num_scales=32),
     "int8": get_int8_config,
     "mixed": get_mixed_config,
 }
 
 
 def config_of(weights: str | QuantConfig) -> QuantConfig:
-    """A configuration, or that of a name: "nf4", "nf4-nested", "int8", "mixed".
+    """A configuration, or that of a name: "nf4", "nf4-nested", "nf4-fine", "int8", "mixed".
 
     Raises:
         ConfigError: No such name.

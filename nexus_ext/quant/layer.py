@@ -65,7 +65,7 @@ def quantize_layer(
 
     Args:
         layer: A Linear, or a module with some; those are replaced in it, once each.
-        mode: "nf4", "nf4-nested", "int8" or "mixed"; not looked at if there is a config.
+        mode: As `weights` in `convert`; not looked at if there is a config.
         config: As `get_nf4_config()` etc. return it.
 
     Returns:

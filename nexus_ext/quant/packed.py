@@ -106,9 +106,11 @@ def pack(weight: torch.Tensor, config: NF4Config | INT8Config, name: str = "a we
             raise QuantizationError(f"{name}: {error}") from None
         return Packed(INT8(shape), {"q": q, "scale": scale})
     if not config.nested:
-        q, absmax = ops.native.quantize_nf4(weight, config.blocksize)
+        q, absmax = ops.native.quantize_nf4(weight, config.blocksize, config.num_scales)
         return Packed(NF4(shape, config.blocksize), {"q": q, "absmax": absmax})
-    q, absmax, nested, offset = ops.native.quantize_nf4_nested(weight, config.blocksize)
+    q, absmax, nested, offset = ops.native.quantize_nf4_nested(
+        weight, config.blocksize, config.num_scales
+    )
     parts = {
         "q": q,
         "absmax": absmax,

@@ -54,6 +54,8 @@ _FP4_POSITIVE = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4_CODE = (*(value / 12 for value in _FP4_POSITIVE), *(-value / 12 for value in _FP4_POSITIVE))
 
 INT8_DIVISOR = 127.0
+# Of a block's largest magnitude: below it no scale is tried.
+SMALLEST_SHARE = 0.6
 NESTED_BLOCKSIZE = 256
 
 _EXPONENTS = 7  # of the dynamic type: powers of ten from 1e-6 to 1
@@ -155,26 +157,48 @@ def check_quantizable(weight: torch.Tensor, name: str = "a weight") -> None:
         )
 
 
-def quantize_nf4(weight: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_nf4(
+    weight: torch.Tensor, blocksize: int, num_scales: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales: (uint8 [ceil(n / 2)], float32 [ceil(n / blocksize)]).
 
-    A code is the number of middles between codes below `x * (1 / absmax)`. A block of zeros gets
+    A code is the number of middles between codes below `x * (1 / scale)`. A block of zeros gets
     code 7, which means 0, and scale 0.
+
+    Args:
+        weight: float32, float16 or bfloat16, of any shape.
+        blocksize: A power of two from 32 to 4096.
+        num_scales: Scales tried for each block, from its largest magnitude (the only one, if 1)
+            down to `SMALLEST_SHARE` of it; the one with the smallest squared error is taken.
 
     Raises:
         QuantizationError: A weight that is not finite, or of another dtype.
     """
     check_quantizable(weight)
     flat = weight.reshape(-1).float()
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % blocksize))
-    absmax = padded.reshape(-1, blocksize).abs().amax(1)
-    scale = absmax.repeat_interleave(blocksize)[: flat.numel()]
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % blocksize)).reshape(-1, blocksize)
+    absmax = blocks.abs().amax(1)
+    scale = absmax
+    smallest = torch.full_like(absmax, torch.inf)
+    for number in range(num_scales if num_scales > 1 else 0):
+        tried = absmax * (1 - (1 - SMALLEST_SHARE) * (number / num_scales))
+        codes = _nf4_codes(blocks, tried[:, None])
+        error = (flat.new_tensor(NF4_CODE)[codes] * tried[:, None] - blocks).square().sum(1)
+        is_better = (error < smallest) & (1.0 / tried).isfinite()
+        scale, smallest = (
+            torch.where(is_better, tried, scale),
+            torch.where(is_better, error, smallest),
+        )
+    codes = _nf4_codes(blocks, scale[:, None]).reshape(-1)[: flat.numel()].to(torch.uint8)
+    codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
+    return codes[::2] << 4 | codes[1::2], scale
+
+
+def _nf4_codes(numbers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     factor = 1.0 / scale
     # Where the factor overflows, the quotient is exact enough; where all is 0, so is every share.
-    share = torch.where(factor.isfinite(), flat * factor, (flat / scale).nan_to_num(0.0))
-    codes = torch.bucketize(share, _middles(flat.new_tensor(NF4_CODE))).to(torch.uint8)
-    codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
-    return codes[::2] << 4 | codes[1::2], absmax
+    share = torch.where(factor.isfinite(), numbers * factor, (numbers / scale).nan_to_num(0.0))
+    return torch.bucketize(share, _middles(numbers.new_tensor(NF4_CODE)))
 
 
 def quantize_absmax(

@@ -152,7 +152,9 @@ def _ggml_fake(
 
 
 @_fake("nexus::quantize_nf4")  # type: ignore[untyped-decorator]
-def _quantize_nf4_fake(weight: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_nf4_fake(
+    weight: torch.Tensor, blocksize: int, num_scales: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check_blocksize(blocksize)
     numel = weight.numel()
     return (
@@ -163,7 +165,7 @@ def _quantize_nf4_fake(weight: torch.Tensor, blocksize: int) -> tuple[torch.Tens
 
 @_fake("nexus::quantize_nf4_nested")  # type: ignore[untyped-decorator]
 def _quantize_nested_fake(
-    weight: torch.Tensor, blocksize: int
+    weight: torch.Tensor, blocksize: int, num_scales: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     q, absmax = _quantize_nf4_fake(weight, blocksize)
     num_nested = (absmax.shape[0] + NESTED_BLOCKSIZE - 1) // NESTED_BLOCKSIZE
@@ -219,9 +221,9 @@ def _int8_linear_fake(
 
 @torch.library.impl("nexus::quantize_nf4_nested", "CompositeExplicitAutograd")
 def _quantize_nested(
-    weight: torch.Tensor, blocksize: int
+    weight: torch.Tensor, blocksize: int, num_scales: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    q, absmax = ops.native.quantize_nf4(weight, blocksize)
+    q, absmax = ops.native.quantize_nf4(weight, blocksize, num_scales)
     return (q, *reference.quantize_absmax(absmax))
 
 
