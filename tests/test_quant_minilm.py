@@ -13,6 +13,7 @@ import transformers
 from torch.nn import functional
 
 import nexus_ext as nexus
+from nexus_ext.quant import formats
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "bench_quant.py"
 # Mean cosine similarity to the original's embeddings. NF4's bytes are bitsandbytes' own.
@@ -77,6 +78,18 @@ def test_embeddings_stay_close_and_streaming_changes_no_bit(
         assert len(nexus.plan_of(model).streamed) == 6
         for _ in range(2):
             assert torch.equal(minilm.embed(model), resident)
+
+
+def test_constants_outlive_inference_mode(minilm: MiniLM, tmp_path: Path) -> None:
+    nexus.convert(minilm.folder, tmp_path / "packed", "nf4-nested")
+    formats._usual_nested_code.cache_clear()
+    with torch.inference_mode():
+        found = formats.PackedWeights(nexus.Checkpoint.open(tmp_path / "packed")).find(
+            "encoder.layer.0.attention.self.query.weight"
+        )
+    assert found is not None
+    assert found.constants.keys() == {"nested_code", "nested_offset"}
+    assert not any(tensor.is_inference() for tensor in found.constants.values())
 
 
 def test_packed_blocks_are_as_small_as_said(minilm: MiniLM, tmp_path: Path) -> None:

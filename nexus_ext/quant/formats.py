@@ -85,7 +85,9 @@ class PackedWeights:
             packing = self._checkpoint.packings.get(weight)
             return None if packing is None else PackedWeight(packing, {"q": weight})
         if weight in self._states:
-            return _Nibbles(self._checkpoint, weight, self._states[weight]).read()
+            # Constants outlive an inference_mode that is on now, and backward may need them.
+            with torch.inference_mode(False):
+                return _Nibbles(self._checkpoint, weight, self._states[weight]).read()
         row_scale = weight.removesuffix("weight") + "SCB"
         if weight.endswith("weight") and row_scale in entries:
             return _int8(self._checkpoint, weight, row_scale)
