@@ -514,7 +514,7 @@ def test_a_conversion_must_pack_something(plain: Path, tmp_path: Path, config: A
 
 @pytest.mark.parametrize("weights", ["nf3", "", "NF4"])
 def test_unknown_names_are_refused(plain: Path, tmp_path: Path, weights: str) -> None:
-    says = f"one of nf4, nf4-nested, int8, mixed, got '{weights}'"
+    says = f"one of nf4, nf4-nested, nf4-fine, int8, mixed, got '{weights}'"
     with pytest.raises(ConfigError, match=says):
         nexus.convert(plain, tmp_path / "packed", weights)
     with pytest.raises(ConfigError, match=says):
