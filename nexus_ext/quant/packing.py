@@ -6,6 +6,7 @@ parts, which may lie in an arena and be there for a moment only.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,16 +25,16 @@ DECODED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Packing:
+class Packing(ABC):
     """Attributes:
     shape: Of the weight, decoded.
     """
 
     shape: tuple[int, ...]
 
+    @abstractmethod
     def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         """The weight, a new tensor of `shape`."""
-        raise NotImplementedError
 
     def rows(self, ids: torch.Tensor, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         """The rows that `ids` name: [*ids.shape, width]."""
