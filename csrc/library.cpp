@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <charconv>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -103,9 +104,22 @@ int64_t engine_group_id(int64_t engine, int64_t group) {
 
 // --- the engine ---------------------------------------------------------------------------------
 
-int64_t engine_open(std::vector<std::string> paths, Ints stamps, std::string io, bool allow_uring,
-                    bool trailing_drop, int64_t depth, int64_t chunk_bytes, bool poison,
-                    Ints faults) {
+// "cpu", or "cuda:" and a number.
+std::unique_ptr<Device> make_device(const std::string& name) {
+  if (name == "cpu") return make_cpu_device();
+  constexpr std::string_view kCuda = "cuda:";
+  int index = -1;
+  const char* end = name.data() + name.size();
+  if (name.starts_with(kCuda) &&
+      std::from_chars(name.data() + kCuda.size(), end, index).ptr == end && index >= 0) {
+    return make_cuda_device(index);
+  }
+  fail("ConfigError", "A device is \"cpu\" or \"cuda:0\", \"cuda:1\", ...; got \"", name, "\".");
+}
+
+int64_t engine_open(std::vector<std::string> paths, Ints stamps, std::string device, std::string io,
+                    bool allow_uring, bool trailing_drop, int64_t depth, int64_t chunk_bytes,
+                    int64_t num_slots, bool poison, Ints faults) {
   std::vector<std::unique_ptr<File>> files;
   for (size_t i = 0; i < paths.size(); ++i) {
     const int64_t* stamp = &stamps.at(4 * i);
@@ -115,9 +129,11 @@ int64_t engine_open(std::vector<std::string> paths, Ints stamps, std::string io,
   EngineOptions options;
   options.mode = read_mode(io, allow_uring, trailing_drop, depth, chunk_bytes);
   options.poison = poison;
+  options.num_slots = number(num_slots);
   options.has_faults = !faults.empty();
   if (options.has_faults) options.faults = fault_plan(faults);
-  return register_engine(std::make_shared<Engine>(std::move(files), std::move(options)));
+  return register_engine(
+      std::make_shared<Engine>(std::move(files), make_device(device), std::move(options)));
 }
 
 void engine_attach(int64_t engine, std::vector<Tensor> arenas, Ints groups, Ints extents,
@@ -127,8 +143,9 @@ void engine_attach(int64_t engine, std::vector<Tensor> arenas, Ints groups, Ints
     memory.push_back({std::make_shared<Tensor>(arena), bytes_of(arena), arena.numel()});
   }
   std::vector<GroupSpec> specs;
-  for (size_t i = 0; i < groups.size(); i += 3) {
-    specs.push_back({number(groups[i]), groups.at(i + 1), groups.at(i + 2) != 0, {}});
+  for (size_t i = 0; i < groups.size(); i += 4) {
+    specs.push_back(
+        {number(groups[i]), groups.at(i + 1), groups.at(i + 2) != 0, groups.at(i + 3) != 0, {}});
   }
   for (size_t i = 0; i < extents.size(); i += 5) {
     specs.at(static_cast<size_t>(extents[i]))
@@ -302,10 +319,11 @@ STABLE_TORCH_LIBRARY(nexus, m) {
 
   // stamps: device, inode, size, mtime_ns per path. faults: the fields of FaultPlan, or empty.
   m.def(
-      "engine_open(str[] paths, int[] stamps, str io, bool allow_uring, bool trailing_drop, "
-      "int depth, int chunk_bytes, bool poison, int[] faults) -> int");
-  // groups: arena, nbytes, is_brief per group. extents: group, file, offset, nbytes, group_offset
-  // per extent.
+      "engine_open(str[] paths, int[] stamps, str device, str io, bool allow_uring, "
+      "bool trailing_drop, int depth, int chunk_bytes, int num_slots, bool poison, "
+      "int[] faults) -> int");
+  // groups: arena, nbytes, is_brief, stays_in_ram per group. extents: group, file, offset, nbytes,
+  // group_offset per extent.
   m.def(
       "engine_attach(int engine, Tensor[] arenas, int[] groups, int[] extents, int[] order, "
       "int lookahead) -> ()");
@@ -336,6 +354,12 @@ STABLE_TORCH_LIBRARY_IMPL(nexus, CPU, m) {
   m.impl("release_", TORCH_BOX(&nexus::release_));
   m.impl("engine_read_rows", TORCH_BOX(&nexus::engine_read_rows));
   m.impl("xxh3", TORCH_BOX(&nexus::xxh3));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nexus, CUDA, m) {
+  m.impl("acquire_", TORCH_BOX(&nexus::acquire_));
+  m.impl("acquire_.held", TORCH_BOX(&nexus::acquire_held_));
+  m.impl("release_", TORCH_BOX(&nexus::release_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nexus, CompositeExplicitAutograd, m) {

@@ -28,6 +28,7 @@ class ReadMode:
     trailing_drop: bool = True
     depth: int | None = None
     chunk_bytes: int = 1 << 20
+    num_slots: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,25 +57,36 @@ class Engine:
         files: Sequence[File],
         mode: ReadMode,
         *,
+        device: str = "cpu",
         poison: bool = False,
         faults: Faults | None = None,
     ) -> None:
         """Open the files.
 
+        Args:
+            files: What will be read.
+            mode: How.
+            device: Where the arenas will be: "cpu", or "cuda:0" and so on.
+            poison: Fill freed arenas with NaN bytes.
+            faults: Test hook.
+
         Raises:
             CheckpointChanged: A file is not what its stamp says.
             ReadError: A file cannot be opened.
+            DeviceError, DeviceLost: The device cannot be used.
         """
         stamps = [number for file in files for number in astuple(file.stamp)]
         self.handle: int = ops.call(
             native.engine_open,
             [str(file.path) for file in files],
             stamps,
+            device,
             mode.io,
             mode.use_uring,
             mode.trailing_drop,
             mode.depth or 0,
             mode.chunk_bytes,
+            mode.num_slots or 0,
             poison,
             list(astuple(faults)) if faults else [],
         )
@@ -87,6 +99,7 @@ class Engine:
         order: Sequence[int],
         lookahead: int,
         brief: Collection[int] = (),
+        in_ram: Collection[int] = (),
     ) -> None:
         """Give every group its arena and start loading. Does not block.
 
@@ -97,11 +110,12 @@ class Engine:
             order: The groups that share arenas, in the order they are used; others are resident.
             lookahead: Groups of `order` loaded ahead of the one in use.
             brief: Groups that are used beside the one in use, and given back at once.
+            in_ram: Groups that stay in page-locked memory once they were read; on a device only.
         """
         table = [
             number
             for index, (group, arena) in enumerate(zip(groups, arena_of, strict=True))
-            for number in (arena, group.nbytes, index in brief)
+            for number in (arena, group.nbytes, index in brief, index in in_ram)
         ]
         extents = [
             number

@@ -16,6 +16,8 @@
     ├── WriteError              the disk would not take what was to be kept (also an OSError)
     └── EngineError             the native engine could not do what was asked
         ├── ReadError           the disk answered with an error (also an OSError)
+        ├── DeviceError         the GPU's driver answered with an error
+        │   └── DeviceLost      the GPU can do nothing more in this process, or not for this model
         ├── EngineClosed        the engine was closed before
         ├── ForkedEngine        used in a child process; engines do not survive fork
         └── ThreadConflict      two threads ran one model at the same time
@@ -35,6 +37,8 @@ __all__ = [
     "CheckpointMismatch",
     "ConfigError",
     "CorruptCheckpoint",
+    "DeviceError",
+    "DeviceLost",
     "EngineClosed",
     "EngineError",
     "ForkedEngine",
@@ -108,6 +112,14 @@ class EngineError(NexusError):
 
 class ReadError(EngineError, OSError):
     """The disk answered with an error."""
+
+
+class DeviceError(EngineError):
+    """The GPU's driver answered with an error."""
+
+
+class DeviceLost(DeviceError):
+    """The GPU can do nothing more in this process, or not for this model."""
 
 
 class EngineClosed(EngineError):

@@ -13,6 +13,7 @@ constexpr int64_t kHugePageBytes = 2 << 20;
 
 class CpuDevice final : public Device {
  public:
+  std::string name() const override { return "cpu"; }
   bool is_host() const override { return true; }
 
   // Huge pages: the disk's pages, and the computation's, are found with 512 times fewer look-ups.
@@ -25,14 +26,31 @@ class CpuDevice final : public Device {
       madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
     }
   }
+  void pin(std::span<std::byte>) override {}
+  void unpin(std::byte*) noexcept override {}
 
-  void copy(std::byte* to, const std::byte* from, int64_t nbytes) override {
+  Lane make_lane() override { return {}; }
+  Event make_event() override { return {}; }
+  Lane current() override { return {}; }
+
+  void copy(Lane, std::byte* to, const std::byte* host, int64_t nbytes) override {
+    std::memcpy(to, host, static_cast<size_t>(nbytes));
+  }
+  void copy_within(Lane, std::byte* to, const std::byte* from, int64_t nbytes) override {
     std::memcpy(to, from, static_cast<size_t>(nbytes));
   }
-
-  void poison(std::byte* at, int64_t nbytes) override {
+  void fetch(Lane, std::byte* host, const std::byte* from, int64_t nbytes) override {
+    std::memcpy(host, from, static_cast<size_t>(nbytes));
+  }
+  void poison(Lane, std::byte* at, int64_t nbytes) override {
     std::memset(at, 0xff, static_cast<size_t>(nbytes));
   }
+
+  void record(Event, Lane) override {}
+  void wait(Lane, Event) override {}
+  bool is_done(Event) override { return true; }
+  void block(Event) override {}
+  void drain() noexcept override {}
 };
 
 }  // namespace

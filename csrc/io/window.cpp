@@ -23,14 +23,17 @@ void cut_range(const Extent& extent, int64_t begin, int64_t end, const Alignment
 
 }  // namespace
 
-void cut(const Extent& extent, const std::byte* arena, const Alignment& alignment,
+void cut(const Extent& extent, const std::byte* landing, const Alignment& alignment,
          int64_t chunk_bytes, std::vector<Piece>& pieces) {
   const int64_t begin = extent.offset;
   const int64_t end = extent.offset + extent.nbytes;
+  if (landing == nullptr) {
+    return cut_range(extent, begin, end, alignment, chunk_bytes, true, pieces);
+  }
   const int64_t body_begin = align_up(begin, alignment.offset);
   const int64_t body_end = align_down(end, alignment.offset);
-  const std::byte* landing = arena + extent.group_offset + (body_begin - begin);
-  if (body_begin >= body_end || !is_aligned(landing, alignment.memory)) {
+  const std::byte* body = landing + extent.group_offset + (body_begin - begin);
+  if (body_begin >= body_end || !is_aligned(body, alignment.memory)) {
     cut_range(extent, begin, end, alignment, chunk_bytes, alignment.offset > 1, pieces);
     return;
   }

@@ -30,9 +30,9 @@ struct Piece {
 };
 
 // Appends the pieces of `extent`, in file order. Each wants at most `chunk_bytes`; a staged one's
-// window exceeds that by at most two alignment units. `arena` is the address of the group's first
-// byte: whether a read may land there directly depends on it.
-void cut(const Extent& extent, const std::byte* arena, const Alignment& alignment,
+// window exceeds that by at most two alignment units. `landing` is where the group's first byte
+// will be: whether a read may land there directly depends on it; null when no read may.
+void cut(const Extent& extent, const std::byte* landing, const Alignment& alignment,
          int64_t chunk_bytes, std::vector<Piece>& pieces);
 
 // Bytes a staging slot needs for any window of `cut`.

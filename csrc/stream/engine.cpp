@@ -14,6 +14,7 @@
 
 #include "common/error.h"
 #include "common/json.h"
+#include "common/unlocked.h"
 #include "io/page_cache.h"
 
 namespace nexus {
@@ -37,6 +38,9 @@ constexpr int kRowDepth = 8;
 constexpr const char* kOneThread =
     "One streamed model runs in one thread at a time; another thread began a pass in the middle of "
     "this one, whose weights may have been overwritten. Serialise the calls.";
+
+// One that is read into, one that is copied from, one that is waited for.
+constexpr int kFewestSlots = 3;
 
 // Half as many slots again as reads in flight: while one answer is copied out, the queue stays
 // full.
@@ -69,10 +73,13 @@ bool lies_in(const std::byte* data, const File& file) {
 
 bool (*interrupted)() = &never_interrupted;
 
-Engine::Engine(std::vector<std::unique_ptr<File>> files, EngineOptions options)
-    : process_(getpid()), files_(std::move(files)), options_(std::move(options)) {
+Engine::Engine(std::vector<std::unique_ptr<File>> files, std::unique_ptr<Device> device,
+               EngineOptions options)
+    : process_(getpid()),
+      files_(std::move(files)),
+      options_(std::move(options)),
+      device_(std::move(device)) {
   rung_ = prepare_files(files_, options_.mode);
-  device_ = make_cpu_device();
 }
 
 Engine::~Engine() { close(); }
@@ -80,7 +87,7 @@ Engine::~Engine() { close(); }
 void Engine::attach(std::vector<ArenaMemory> arenas, const std::vector<GroupSpec>& groups,
                     const std::vector<int>& order, int lookahead) {
   const std::unique_lock lock = enter();
-  if (thread_.joinable()) fail("EngineError", "An engine is attached once; open another one.");
+  if (!arenas_.empty()) fail("EngineError", "An engine is attached once; open another one.");
   for (const GroupSpec& spec : groups) check_spec(spec, arenas);
   check_order(order, groups.size());
   for (ArenaMemory& memory : arenas) {
@@ -90,6 +97,11 @@ void Engine::attach(std::vector<ArenaMemory> arenas, const std::vector<GroupSpec
       return lies_in(arena.memory.data, *file);
     });
     if (!arena.is_view) device_->prepare(arena.memory.data, arena.memory.nbytes);
+    arena.lane = device_->make_lane();
+    arena.ready = device_->make_event();
+    arena.free = device_->make_event();
+    // An allocator gives out memory that work enqueued earlier may still read.
+    device_->record(arena.free, device_->current());
   }
   for (const GroupSpec& spec : groups) add_group(spec);
   order_ = Order(order);
@@ -127,10 +139,25 @@ void Engine::add_group(const GroupSpec& spec) {
   group.arena = spec.arena;
   group.nbytes = spec.nbytes;
   group.is_brief = spec.is_brief;
-  const std::byte* base = arenas_[static_cast<size_t>(spec.arena)].memory.data;
-  for (const Extent& extent : spec.extents) {
+  group.stays_in_ram = spec.stays_in_ram && !device_->is_host();
+  group.extents = spec.extents;
+  cut_group(group);
+}
+
+// Cuts the group's extents for the place where its reads will land.
+void Engine::cut_group(Group& group) {
+  const std::byte* landing = arenas_[static_cast<size_t>(group.arena)].memory.data;
+  if (group.stays_in_ram) {
+    // Only its place in a page matters, and that is known before the memory is.
+    landing = reinterpret_cast<const std::byte*>(group.ram_phase());
+  } else if (!device_->is_host() && rung_.io != "gds") {
+    landing = nullptr;
+  }
+  group.pieces.clear();
+  group.files.clear();
+  for (const Extent& extent : group.extents) {
     const File& file = *files_[static_cast<size_t>(extent.file)];
-    cut(extent, base, file.alignment(), options_.mode.chunk_bytes, group.pieces);
+    cut(extent, landing, file.alignment(), options_.mode.chunk_bytes, group.pieces);
     if (std::find(group.files.begin(), group.files.end(), extent.file) == group.files.end()) {
       group.files.push_back(extent.file);
     }
@@ -144,6 +171,7 @@ void Engine::open_reader() {
   });
   Buffers buffers;
   for (const int group : order_.declared()) {
+    if (!device_->is_host()) break;
     Arena& arena = arena_of(group);
     const std::span<std::byte> memory(arena.memory.data, static_cast<size_t>(arena.memory.nbytes));
     if (std::none_of(buffers.begin(), buffers.end(),
@@ -151,14 +179,9 @@ void Engine::open_reader() {
       buffers.push_back(memory);
     }
   }
-  if (is_staged) {
-    const int depth = options_.mode.depth > 0 ? options_.mode.depth : kLargestDefaultDepth;
-    int64_t largest_slot = 0;
-    for (const auto& file : files_) {
-      largest_slot =
-          std::max(largest_slot, slot_bytes(file->alignment(), options_.mode.chunk_bytes));
-    }
-    staging_ = std::make_unique<Staging>(num_slots(depth), largest_slot);
+  // A group that finds no room in RAM after all is staged like the others.
+  if (is_staged || !device_->is_host()) {
+    make_ring();
     buffers.push_back(staging_->memory());
   }
   make_reader(rung_, options_.mode, buffers);
@@ -166,6 +189,33 @@ void Engine::open_reader() {
     rung_.reader = make_faulty_reader(std::move(rung_.reader), options_.faults, &fault_counts_);
   }
   chunks_.resize(static_cast<size_t>(num_slots(rung_.reader->depth())));
+  if (staging_ != nullptr) {
+    chunks_.resize(std::min(chunks_.size(), static_cast<size_t>(staging_->num_slots())));
+  }
+  for (Chunk& chunk : chunks_) chunk.copied = device_->make_event();
+}
+
+// As large as it was asked for, if the device takes it; else smaller, else not page-locked: slower,
+// but never an error.
+void Engine::make_ring() {
+  int64_t largest_slot = 0;
+  for (const auto& file : files_) {
+    largest_slot = std::max(largest_slot, slot_bytes(file->alignment(), options_.mode.chunk_bytes));
+  }
+  const int depth = options_.mode.depth > 0 ? options_.mode.depth : kLargestDefaultDepth;
+  const int wanted = options_.num_slots > 0 ? options_.num_slots : num_slots(depth);
+  for (int count = wanted; count >= kFewestSlots; count /= 2) {
+    staging_ = std::make_unique<Staging>(count, largest_slot);
+    try {
+      staging_lock_ = std::make_unique<PinnedLock>(*device_, staging_->memory());
+      return;
+    } catch (const DeviceLost&) {
+      throw;
+    } catch (const Error& refused) {
+      pin_refusal_ = refused.what();
+    }
+  }
+  staging_ = std::make_unique<Staging>(wanted, largest_slot);
 }
 
 void Engine::set_digests(const std::vector<uint64_t>& digests, Verify verify) {
@@ -193,32 +243,51 @@ void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
   std::unique_lock lock = enter();
   check_group(group);
   check_arena(group, nbytes);
+  try {
+    const Lane caller = device_->current();
+    ask(lock, group, arena, caller);
+    Arena& home = arena_of(group);
+    // Readers of what was held here are ordered before this call: both say that they use the arena.
+    // It is held while the bytes come, too: another thread would give it another group meanwhile.
+    home.is_held = hold && group_at(group).is_streamed;
+    home.holder = std::this_thread::get_id();
+    try {
+      await(lock, group);
+      take(group, arena, caller);
+    } catch (...) {
+      home.is_held = false;
+      throw;
+    }
+  } catch (const DeviceLost& lost) {
+    lose(lost.what());
+    throw;
+  }
+}
+
+// The caller goes on to this group.
+void Engine::ask(std::unique_lock<std::mutex>& lock, int group, const std::byte* arena,
+                 Lane caller) {
   const bool is_streamed = group_at(group).is_streamed;
   if (is_streamed) wait_for_holder(lock, group);
   if (!group_at(group).is_brief) {
     check_thread(group);
-    release_current(group);
+    release_current(group, caller);
     current_ = group;
   }
   if (is_streamed) follow(group);
   Arena& home = arena_of(group);
-  const bool is_clone = arena != home.memory.data;
-  if (is_clone) distrust_clone(home, group_at(group));
-  // Readers of what was held here are ordered before this call: both say that they use the arena.
-  // It is held while the bytes come, too: another thread would give it another group meanwhile.
-  home.is_held = hold && is_streamed;
-  home.holder = std::this_thread::get_id();
+  if (arena != home.memory.data) distrust_clone(home, group_at(group));
   home.acquired_generation.reset();
-  try {
-    await(lock, group);
-  } catch (...) {
-    home.is_held = false;
-    throw;
-  }
+}
+
+// The group is there, or on its way with nobody's help: the caller's stream waits for it.
+void Engine::take(int group, std::byte* arena, Lane caller) {
+  Arena& home = arena_of(group);
+  if (!home.is_settled) device_->wait(caller, home.ready);
   home.acquired_generation = home.generation;
-  if (!is_clone) return;
+  if (arena == home.memory.data) return;
   ++counters_.num_cloned;
-  device_->copy(arena, home.memory.data, group_at(group).nbytes);
+  device_->copy_within(caller, arena, home.memory.data, group_at(group).nbytes);
 }
 
 // The order goes on with this group. ahead_ is what was expected when it was last looked at.
@@ -232,6 +301,7 @@ void Engine::follow(int group) {
 void Engine::release(int group) {
   const std::unique_lock lock = enter();
   check_group(group);
+  const Lane caller = device_->current();
   Arena& arena = arena_of(group);
   if (arena.robbed == std::this_thread::get_id()) {
     arena.robbed = {};
@@ -240,7 +310,12 @@ void Engine::release(int group) {
   if (!group_at(group).is_streamed && current_ == group) current_ = -1;
   if (!arena.is_held || arena.group != group) return;
   arena.is_held = false;
-  free_arena(arena, group);
+  try {
+    free_arena(arena, group, caller);
+  } catch (const DeviceLost& lost) {
+    lose(lost.what());
+    throw;
+  }
   if (current_ == group) current_ = -1;
   schedule();
   landed_.notify_all();
@@ -261,6 +336,13 @@ void Engine::wait_resident(int group) {
          " shares its arena, acquire it.");
   }
   await(lock, group);
+  Arena& arena = arena_of(group);
+  const uint64_t generation = arena.generation;
+  {
+    const Unlocked open(lock);
+    device_->block(arena.ready);
+  }
+  arena.is_settled = arena.generation == generation;
 }
 
 void Engine::end_pass() {
@@ -287,6 +369,13 @@ void Engine::check_usable() const {
   if (is_closing_) {
     fail("EngineClosed", "This model's engine was closed. Stream the model again to use it.");
   }
+  if (!lost_.empty()) throw std::runtime_error(lost_);
+}
+
+void Engine::lose(const std::string& why) {
+  if (lost_.empty()) lost_ = why;
+  work_.notify_all();
+  landed_.notify_all();
 }
 
 // Two threads inside one model would free each other's arenas. Who comes second is refused once,
@@ -326,7 +415,7 @@ void Engine::wait_for_holder(std::unique_lock<std::mutex>& lock, int group) {
   Arena& arena = arena_of(group);
   const std::thread::id me = std::this_thread::get_id();
   const Clock::time_point began = Clock::now();
-  while (arena.is_held && arena.holder != me && !is_closing_) {
+  while (arena.is_held && arena.holder != me && !is_over()) {
     if (landed_.wait_for(lock, kInterruptPoll) != std::cv_status::timeout) continue;
     lock.unlock();
     const bool gives_up = interrupted();
@@ -362,14 +451,14 @@ void Engine::check_arena(int group, int64_t nbytes) const {
 }
 
 // Everything enqueued by the caller so far has finished with the arena of the group before.
-void Engine::release_current(int next) {
+void Engine::release_current(int next, Lane caller) {
   if (current_ < 0 || current_ == next) return;
   Arena& arena = arena_of(current_);
-  if (!arena.is_held) free_arena(arena, current_);
+  if (!arena.is_held) free_arena(arena, current_, caller);
 }
 
-// From here on the arena may be refilled.
-void Engine::free_arena(Arena& arena, int group) {
+// From here on the arena may be refilled, when the caller's stream has come this far.
+void Engine::free_arena(Arena& arena, int group, Lane caller) {
   // A failed or interrupted acquire got nothing.
   if (!arena.acquired_generation) return;
   const uint64_t acquired = *std::exchange(arena.acquired_generation, std::nullopt);
@@ -379,8 +468,10 @@ void Engine::free_arena(Arena& arena, int group) {
          "). The output is wrong; this is a defect of nexus_ext, please report it.");
   }
   if (!group_at(group).is_streamed) return;
+  device_->record(arena.free, caller);
   if (options_.poison && !arena.is_view) {
-    device_->poison(arena.memory.data, arena.memory.nbytes);
+    device_->wait(arena.lane, arena.free);
+    device_->poison(arena.lane, arena.memory.data, arena.memory.nbytes);
     arena.state = State::kEmpty;
     arena.group = -1;
   }
@@ -392,23 +483,27 @@ void Engine::free_arena(Arena& arena, int group) {
   }
 }
 
-// Waits on the host until the bytes of `group` stand in its arena. Counts the time as stall.
-void Engine::await(std::unique_lock<std::mutex>& lock, int group) {
+// True when the group has landed; else its load is under way, before all others.
+bool Engine::expect(int group) {
   Arena& arena = arena_of(group);
   const bool was_expected =
       arena.group == group && (arena.state == State::kLoading || arena.state == State::kLanded);
-  if (arena.group == group && arena.state == State::kLanded) {
-    ++(group_at(group).is_streamed ? counters_.num_hits : counters_.num_resident_hits);
-    schedule();
-    return;
-  }
+  const bool is_there = arena.group == group && arena.state == State::kLanded;
+  if (is_there) ++(group_at(group).is_streamed ? counters_.num_hits : counters_.num_resident_hits);
   if (!was_expected) begin(arena, group);
-  awaited_.push_back(group);
+  if (!is_there) awaited_.push_back(group);
   schedule();
+  return is_there;
+}
+
+// Waits on the host until `group` has landed. Counts the time as stall.
+void Engine::await(std::unique_lock<std::mutex>& lock, int group) {
+  if (expect(group)) return;
+  Arena& arena = arena_of(group);
   ++counters_.num_waits;
   const Clock::time_point began = Clock::now();
   bool gives_up = false;
-  while (arena.group == group && arena.state == State::kLoading && !is_closing_ && !gives_up) {
+  while (arena.group == group && arena.state == State::kLoading && !is_over() && !gives_up) {
     if (landed_.wait_for(lock, kInterruptPoll) != std::cv_status::timeout) continue;
     lock.unlock();
     gives_up = interrupted();
@@ -470,12 +565,51 @@ void Engine::begin(Arena& arena, int group) {
   const bool is_hashed =
       next.digest.has_value() && (verify_ == Verify::kAlways || !next.is_verified);
   arena.load = std::make_shared<Load>(next, is_hashed && verify_ != Verify::kOff);
+  arena.is_settled = false;
   ++counters_.num_loads;
-  // No read will come back to say so.
-  if (next.pieces.empty()) {
-    arena.state = State::kLanded;
-    ++counters_.num_landed;
+  try {
+    // Who had the arena before is through with it when its first byte is overwritten.
+    device_->wait(arena.lane, arena.free);
+    // Reads that land there are in no lane: they begin when all that is in this one is done.
+    if (lands_on_device(next)) device_->record(arena.free, arena.lane);
+    const bool is_here = next.is_in_ram() && !arena.load->is_hashed();
+    // No read will come back to say that it landed. One that still writes here comes back first.
+    if (next.pieces.empty() || (is_here && arena.stale_in_flight == 0)) accept(arena);
+  } catch (const Error& error) {
+    fail_load(arena, error);
   }
+}
+
+bool Engine::lands_on_device(const Group& group) const {
+  return !device_->is_host() && !group.stays_in_ram && rung_.io == "gds";
+}
+
+// Makes the group's bytes the arena's: from here on they may be acquired.
+void Engine::accept(Arena& arena) {
+  Group& group = group_at(arena.group);
+  if (group.ram != nullptr) {
+    counters_.num_ram_loads += group.ram->is_filled;
+    group.ram->is_filled = true;
+    copy_to_device(arena, group.ram->data(), 0, group.nbytes);
+  }
+  device_->record(arena.ready, arena.lane);
+  arena.state = State::kLanded;
+  ++counters_.num_landed;
+  landed_.notify_all();
+}
+
+void Engine::copy_to_device(Arena& arena, const std::byte* host, int64_t offset, int64_t nbytes) {
+  ++counters_.num_copies;
+  counters_.bytes_copied += nbytes;
+  device_->copy(arena.lane, arena.memory.data + offset, host, nbytes);
+}
+
+void Engine::fail_load(Arena& arena, const std::runtime_error& error) {
+  arena.state = State::kFailed;
+  arena.error = error.what();
+  ++counters_.num_failed;
+  landed_.notify_all();
+  if (dynamic_cast<const DeviceLost*>(&error) != nullptr) lose(error.what());
 }
 
 uint64_t Engine::digest_of(int group) const {
@@ -576,6 +710,11 @@ std::string Engine::stats() const {
       .add("depth", static_cast<int64_t>(rung_.reader == nullptr ? 0 : rung_.reader->depth()))
       .add("chunk_bytes", options_.mode.chunk_bytes)
       .add("staging_bytes", staging_ == nullptr ? int64_t{0} : staging_->nbytes())
+      .add("num_slots", static_cast<int64_t>(staging_ == nullptr ? 0 : staging_->num_slots()))
+      .add("device", device_->name())
+      .add("is_pinned", staging_lock_ != nullptr && !device_->is_host())
+      .add("pin_refusal", pin_refusal_)
+      .add("ram_bytes", ram_bytes_)
       .add("num_views", static_cast<int64_t>(std::count_if(arenas_.begin(), arenas_.end(),
                                                            [](auto& a) { return a.is_view; })))
       .add("bytes_read", c.bytes_read)
@@ -597,6 +736,10 @@ std::string Engine::stats() const {
       .add("num_healed", c.num_healed)
       .add("num_dropped", c.num_dropped)
       .add("num_cloned", c.num_cloned)
+      .add("num_copies", c.num_copies)
+      .add("bytes_copied", c.bytes_copied)
+      .add("num_ram_loads", c.num_ram_loads)
+      .add("num_blocks", c.num_blocks)
       .add("num_rows", rows.rows)
       .add("num_row_reads", rows.reads)
       .add("num_row_retries", rows.second)
@@ -624,6 +767,8 @@ void Engine::close() {
   landed_.notify_all();
   if (thread_.joinable()) thread_.join();
   if (prefault_thread_.joinable()) prefault_thread_.join();
+  // Arenas go back to their allocator, slots to the kernel: nothing may be on its way to either.
+  device_->drain();
 }
 
 }  // namespace nexus

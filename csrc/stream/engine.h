@@ -7,8 +7,13 @@
 //        ▼
 //   I/O thread         issue pieces ─▶ reader ─▶ complete ─▶ (copy) ─▶ landed ─▶ wakes acquire
 //
-// Owns its files, its staging slots, its reader and one thread. Arenas belong to the caller; the
-// engine keeps them alive. It knows groups by number and files by bytes, and nothing else.
+// On a device a group has landed when its copies are enqueued: acquire makes the caller's stream
+// wait for them, and not the caller. A group that stays in RAM is not read again: whoever gives it
+// an arena enqueues its one copy, and no thread waits for another. See Note [Order on a device].
+//
+// Owns its files, its staging slots, its reader, its device and one thread. Arenas belong to the
+// caller; the engine keeps them alive. It knows groups by number and files by bytes, and nothing
+// else.
 //
 // Note [Arenas have generations]
 // Every refill of an arena begins a new generation. A read carries the generation it was issued
@@ -43,6 +48,7 @@
 #include "io/staging.h"
 #include "stream/load.h"
 #include "stream/order.h"
+#include "stream/pinned.h"
 
 namespace nexus {
 
@@ -51,6 +57,7 @@ struct EngineOptions {
   FaultPlan faults;
   bool has_faults = false;
   bool poison = false;  // fill freed arenas with NaN bytes
+  int num_slots = 0;    // of the staging ring; 0: half as many again as reads in flight
 };
 
 // Memory that holds one group at a time.
@@ -65,6 +72,7 @@ struct GroupSpec {
   int arena;
   int64_t nbytes;
   bool is_brief;
+  bool stays_in_ram;
   std::vector<Extent> extents;
 };
 
@@ -72,8 +80,9 @@ enum class Verify { kOff, kFirst, kAlways };
 
 class Engine {
  public:
-  Engine(std::vector<std::unique_ptr<File>> files, EngineOptions options);
-  // Waits for the reads in flight. Not for a forked child: the thread stayed in the parent.
+  Engine(std::vector<std::unique_ptr<File>> files, std::unique_ptr<Device> device,
+         EngineOptions options);
+  // Waits for reads and copies in flight. Not for a forked child: the thread stayed in the parent.
   ~Engine();
 
   // Starts the thread and the first loads: residents (every group not in `order`), then the first
@@ -84,7 +93,8 @@ class Engine {
   // in use, is read again.
   void set_digests(const std::vector<uint64_t>& digests, Verify verify);
 
-  // Blocks until `group` stands in its arena, and frees the arena of the group acquired before.
+  // Blocks until `group` stands in its arena, or is on its way there and the caller's stream waits
+  // for it; frees the arena of the group acquired before.
   // When `arena` is another memory of the same size, the bytes are copied there; see Note [Clones].
   // Throws what went wrong with the read; the engine stays usable.
   void acquire(int group, std::byte* arena, int64_t nbytes, bool hold);
@@ -114,6 +124,8 @@ class Engine {
   void close();
 
  private:
+  friend class Explorer;  // tests/simcuda: walks through every interleaving
+
   enum class State { kEmpty, kLoading, kLanded, kFailed };
 
   struct Arena {
@@ -132,12 +144,18 @@ class Engine {
     int stale_in_flight = 0;  // reads of earlier ones
     bool is_retry = false;    // second attempt after a digest that differed
     std::string error;
+    Lane lane;                // its copies
+    Event free;               // who used it last is through
+    Event ready;              // its last copy is done
+    bool is_settled = false;  // `ready` is known to have happened
   };
 
   // A place in the reader's queue, with the staging slot of the same number.
   struct Chunk {
     Request request;
-    bool is_busy = false;
+    bool is_reading = false;
+    bool holds_bytes = false;  // the slot is all there is until they are hashed
+    Event copied;              // out of the slot
     int arena = -1;
     int group = -1;
     uint64_t generation = 0;
@@ -155,6 +173,7 @@ class Engine {
     int64_t num_loads = 0, num_landed = 0, num_failed = 0;
     int64_t num_hits = 0, num_waits = 0, num_mispredicted = 0, num_resident_hits = 0;
     int64_t num_verified = 0, num_healed = 0, num_dropped = 0, num_cloned = 0;
+    int64_t num_copies = 0, bytes_copied = 0, num_ram_loads = 0, num_blocks = 0;
     int64_t stall_ns = 0, busy_ns = 0;
   };
 
@@ -168,34 +187,53 @@ class Engine {
   void check_arena(int group, int64_t nbytes) const;
   void check_spec(const GroupSpec& spec, const std::vector<ArenaMemory>& arenas) const;
   void add_group(const GroupSpec& spec);
+  void cut_group(Group& group);
+  void make_ring();
+  void ask(std::unique_lock<std::mutex>& lock, int group, const std::byte* arena, Lane caller);
   void distrust_clone(Arena& arena, const Group& group);
   void open_reader();
   void follow(int group);
-  void release_current(int next);
-  void free_arena(Arena& arena, int group);
+  void release_current(int next, Lane caller);
+  void free_arena(Arena& arena, int group, Lane caller);
+  bool expect(int group);
   void await(std::unique_lock<std::mutex>& lock, int group);
+  void take(int group, std::byte* arena, Lane caller);
   void schedule();
   void want(int group);
   void begin(Arena& arena, int group);
+  void accept(Arena& arena);
+  bool lands_on_device(const Group& group) const;
+  void copy_to_device(Arena& arena, const std::byte* host, int64_t offset, int64_t nbytes);
+  void fail_load(Arena& arena, const std::runtime_error& error);
+  void lose(const std::string& why);
   Group& group_at(int group) { return groups_[static_cast<size_t>(group)]; }
   const Group& group_at(int group) const { return groups_[static_cast<size_t>(group)]; }
   Arena& arena_of(int group) { return arenas_[static_cast<size_t>(group_at(group).arena)]; }
 
   // I/O thread's side. All expect the mutex; those that take the lock open it for the long part.
+  enum class Turn { kWorked, kIdle, kOver };
   void run();
+  Turn turn(std::unique_lock<std::mutex>& lock);
   void issue();
   bool issue_next(size_t arena_index);
+  Chunk* find_chunk();
+  void run_errand(Arena& arena, std::unique_lock<std::mutex>& lock);
+  void make_ram_copy(Arena& arena, std::unique_lock<std::mutex>& lock);
+  void take_completion(std::unique_lock<std::mutex>& lock);
   void start(Chunk& chunk);
   void complete(Chunk& chunk, std::unique_lock<std::mutex>& lock);
   bool must_continue(Chunk& chunk, std::string& error);
   void land_piece(Chunk& chunk, std::unique_lock<std::mutex>& lock);
   void land_group(Arena& arena, std::unique_lock<std::mutex>& lock);
+  uint64_t digest_of_load(const Arena& arena, const Group& group, const Load& load) const;
+  bool is_current(const Chunk& chunk) const;
   void distrust(Arena& arena);
-  void fail_load(Arena& arena, std::string error);
   void drop_left_behind(std::unique_lock<std::mutex>& lock);
   void drop_pages(const Group& group) const;
   const Piece& piece_of(const Chunk& chunk) const;
+  std::byte* host_landing_of(const Chunk& chunk) const;
   std::byte* window_of(const Chunk& chunk) const;
+  bool is_over() const { return is_closing_ || !lost_.empty(); }
 
   const int process_;
   std::vector<std::unique_ptr<File>> files_;
@@ -203,6 +241,9 @@ class Engine {
   Rung rung_;
   std::unique_ptr<Device> device_;
   std::unique_ptr<Staging> staging_;
+  std::unique_ptr<PinnedLock> staging_lock_;
+  std::string pin_refusal_;          // why memory that should be is not page-locked
+  int64_t ram_bytes_ = 0;            // of groups that stay in RAM
   std::unique_ptr<RowReader> rows_;  // made when the first row is asked for
   FaultCounts fault_counts_;
 
@@ -231,6 +272,10 @@ class Engine {
   bool was_taken_over_ = false;
   Counters counters_;
   bool is_closing_ = false;
+  std::string lost_;                 // why the device can do nothing any more
+  std::optional<Event> blocked_on_;  // what keeps the next read from starting
+  std::optional<size_t> errand_;     // the arena whose load needs more than a read
+  size_t next_chunk_ = 0;
   std::thread thread_;
 
   std::thread prefault_thread_;

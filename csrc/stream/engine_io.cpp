@@ -3,9 +3,11 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <utility>
 
 #include "common/align.h"
 #include "common/error.h"
+#include "common/unlocked.h"
 #include "stream/engine.h"
 
 namespace nexus {
@@ -46,24 +48,50 @@ std::string read_error(const File& file, const Piece& piece, int64_t num_read, i
 void Engine::run() {
   std::unique_lock lock(mutex_);
   while (true) {
-    drop_left_behind(lock);
-    if (!is_closing_) issue();
-    if (num_in_flight_ == 0) {
-      if (is_closing_) return;
-      work_.wait(lock);
-      continue;
+    try {
+      const Turn did = turn(lock);
+      if (did == Turn::kOver) return;
+      if (did == Turn::kIdle) work_.wait(lock);
+    } catch (const DeviceLost& lost) {
+      lose(lost.what());
     }
-    const Clock::time_point began = Clock::now();
-    lock.unlock();
-    Request* request = rung_.reader->wait();
-    lock.lock();
-    --num_in_flight_;
-    complete(*std::find_if(chunks_.begin(), chunks_.end(),
-                           [request](const Chunk& c) { return &c.request == request; }),
-             lock);
-    counters_.busy_ns +=
-        std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - began).count();
   }
+}
+
+// As much as can be done without waiting for the caller.
+Engine::Turn Engine::turn(std::unique_lock<std::mutex>& lock) {
+  drop_left_behind(lock);
+  errand_.reset();
+  blocked_on_.reset();
+  if (!is_over()) issue();
+  if (errand_) {
+    run_errand(arenas_[*errand_], lock);
+    return Turn::kWorked;
+  }
+  if (num_in_flight_ > 0) {
+    take_completion(lock);
+    return Turn::kWorked;
+  }
+  if (is_over()) return Turn::kOver;
+  if (!blocked_on_) return Turn::kIdle;
+  ++counters_.num_blocks;
+  const Event event = *blocked_on_;
+  const Unlocked open(lock);
+  device_->block(event);
+  return Turn::kWorked;
+}
+
+void Engine::take_completion(std::unique_lock<std::mutex>& lock) {
+  const Clock::time_point began = Clock::now();
+  lock.unlock();
+  Request* request = rung_.reader->wait();
+  lock.lock();
+  --num_in_flight_;
+  complete(*std::find_if(chunks_.begin(), chunks_.end(),
+                         [request](const Chunk& c) { return &c.request == request; }),
+           lock);
+  counters_.busy_ns +=
+      std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - began).count();
 }
 
 // Fills the reader from the queue.
@@ -81,11 +109,20 @@ bool Engine::issue_next(size_t arena_index) {
   if (arena.state != State::kLoading || arena.stale_in_flight > 0 || !arena.load->has_next()) {
     return false;
   }
+  const Group& group = group_at(arena.group);
+  if (group.stays_in_ram && (group.ram == nullptr || group.ram->is_filled)) {
+    if (!errand_) errand_ = arena_index;
+    return false;
+  }
+  if (lands_on_device(group) && !device_->is_done(arena.free)) {
+    if (!blocked_on_) blocked_on_ = arena.free;
+    return false;
+  }
   if (num_in_flight_ >= rung_.reader->depth()) return false;
-  const auto chunk = std::find_if(chunks_.begin(), chunks_.end(),
-                                  [](const Chunk& candidate) { return !candidate.is_busy; });
-  if (chunk == chunks_.end()) return false;
-  chunk->is_busy = true;
+  Chunk* chunk = find_chunk();
+  if (chunk == nullptr) return false;
+  chunk->is_reading = true;
+  chunk->holds_bytes = false;
   chunk->arena = static_cast<int>(arena_index);
   chunk->generation = arena.generation;
   chunk->group = arena.group;
@@ -97,6 +134,58 @@ bool Engine::issue_next(size_t arena_index) {
   ++arena.in_flight;
   start(*chunk);
   return true;
+}
+
+// A chunk whose slot nobody reads into, copies from or hashes; in turn, so that the first one that
+// is still being copied is the one to wait for.
+Engine::Chunk* Engine::find_chunk() {
+  for (size_t step = 0; step < chunks_.size(); ++step) {
+    Chunk& chunk = chunks_[(next_chunk_ + step) % chunks_.size()];
+    if (chunk.is_reading) continue;
+    if (chunk.holds_bytes && is_current(chunk) && !chunk.load->is_through_with(chunk.piece)) {
+      continue;
+    }
+    if (device_->is_done(chunk.copied)) {
+      next_chunk_ = (next_chunk_ + step + 1) % chunks_.size();
+      return &chunk;
+    }
+    if (!blocked_on_) blocked_on_ = chunk.copied;
+  }
+  return nullptr;
+}
+
+// What a load needs besides reads: memory to stay in, or a look at the bytes that stayed there.
+void Engine::run_errand(Arena& arena, std::unique_lock<std::mutex>& lock) {
+  if (group_at(arena.group).ram == nullptr) return make_ram_copy(arena, lock);
+  land_group(arena, lock);
+}
+
+// Without room in RAM the group is read whenever it is needed, like others.
+void Engine::make_ram_copy(Arena& arena, std::unique_lock<std::mutex>& lock) {
+  const int number = arena.group;
+  Group& group = group_at(number);
+  std::unique_ptr<RamCopy> ram;
+  std::string refusal;
+  {
+    const Unlocked open(lock);
+    try {
+      ram = std::make_unique<RamCopy>(*device_, group.nbytes, group.ram_phase());
+    } catch (const DeviceLost&) {
+      throw;
+    } catch (const Error& refused) {
+      refusal = refused.what();
+    }
+  }
+  if (ram != nullptr) {
+    ram_bytes_ += ram->nbytes();
+    group.ram = std::move(ram);
+    return;
+  }
+  pin_refusal_ = std::move(refusal);
+  group.stays_in_ram = false;
+  cut_group(group);
+  // What was cut before is not what will be read.
+  if (arena.group == number && arena.state == State::kLoading) begin(arena, number);
 }
 
 // Asks for what is still missing of the chunk's window.
@@ -119,37 +208,47 @@ const Piece& Engine::piece_of(const Chunk& chunk) const {
   return group_at(chunk.group).pieces[chunk.piece];
 }
 
-// Where the chunk's read lands: in its slot, or at its place in the arena.
+bool Engine::is_current(const Chunk& chunk) const {
+  const Arena& arena = arenas_[static_cast<size_t>(chunk.arena)];
+  return chunk.generation == arena.generation && arena.state == State::kLoading;
+}
+
+// Where the group's first byte belongs, if the processor can write there.
+std::byte* Engine::host_landing_of(const Chunk& chunk) const {
+  if (const auto& ram = group_at(chunk.group).ram) return ram->data();
+  if (!device_->is_host()) return nullptr;
+  return arenas_[static_cast<size_t>(chunk.arena)].memory.data;
+}
+
+// Where the chunk's read lands: in its slot, or at its place.
 std::byte* Engine::window_of(const Chunk& chunk) const {
   const Piece& piece = piece_of(chunk);
   if (piece.staged) return staging_->slot(static_cast<int>(&chunk - chunks_.data()));
-  return arenas_[static_cast<size_t>(chunk.arena)].memory.data + piece.group_offset;
+  std::byte* landing = host_landing_of(chunk);
+  if (landing == nullptr) landing = arenas_[static_cast<size_t>(chunk.arena)].memory.data;
+  return landing + piece.group_offset;
 }
 
 // A read came back: continue it, land it, or give the load up.
 void Engine::complete(Chunk& chunk, std::unique_lock<std::mutex>& lock) {
   Arena& arena = arenas_[static_cast<size_t>(chunk.arena)];
-  const bool is_current = chunk.generation == arena.generation && arena.state == State::kLoading;
+  const bool is_wanted = is_current(chunk);
   std::string error;
-  if (is_current && must_continue(chunk, error)) return start(chunk);
+  if (is_wanted && must_continue(chunk, error)) return start(chunk);
   // The disk gets its next request before this answer is copied and hashed, but not before a read
   // that must go on has its place in the queue back.
-  if (!is_closing_) issue();
-  if (!is_current) {
-    ++counters_.num_stale_reads;
-  } else if (error.empty()) {
-    land_piece(chunk, lock);
-  } else {
-    fail_load(arena, std::move(error));
+  if (!is_over()) issue();
+  if (!is_wanted) ++counters_.num_stale_reads;
+  try {
+    if (!error.empty()) throw std::runtime_error(error);
+    if (is_wanted) land_piece(chunk, lock);
+  } catch (const std::runtime_error& failed) {
+    if (is_current(chunk)) fail_load(arena, failed);
   }
   // The arena may have been given another task while the lock was open.
   --(chunk.generation == arena.generation ? arena.in_flight : arena.stale_in_flight);
-  chunk.is_busy = false;
-  if (chunk.generation == arena.generation && arena.state == State::kLoading &&
-      arena.load->is_complete()) {
-    land_group(arena, lock);
-  }
-  chunk.load.reset();
+  chunk.is_reading = false;
+  if (is_current(chunk) && arena.load->is_complete()) land_group(arena, lock);
 }
 
 // True when the read must be asked for again; `error` is set when it must not.
@@ -185,19 +284,26 @@ bool Engine::must_continue(Chunk& chunk, std::string& error) {
   return false;
 }
 
-// Copies a staged piece to its place. The lock is open meanwhile: only this thread writes arenas.
+// Moves a staged piece to its place, or on its way there, and hashes what is next in order. For the
+// processor's part the lock is open: only this thread writes into arenas.
 void Engine::land_piece(Chunk& chunk, std::unique_lock<std::mutex>& lock) {
   const Piece& piece = piece_of(chunk);
-  std::byte* base = arenas_[static_cast<size_t>(chunk.arena)].memory.data;
-  const std::byte* window = window_of(chunk);
   (piece.staged ? counters_.bytes_staged : counters_.bytes_direct) += piece.nbytes;
-  lock.unlock();
-  if (piece.staged) {
-    device_->copy(base + piece.group_offset, window + (piece.offset - piece.window_offset),
-                  piece.nbytes);
+  const std::byte* bytes = window_of(chunk) + (piece.offset - piece.window_offset);
+  std::byte* landing = host_landing_of(chunk);
+  if (landing == nullptr) {
+    if (!piece.staged) return chunk.load->landed_unseen(chunk.piece);
+    Arena& arena = arenas_[static_cast<size_t>(chunk.arena)];
+    copy_to_device(arena, bytes, piece.group_offset, piece.nbytes);
+    device_->record(chunk.copied, arena.lane);
+    chunk.holds_bytes = true;
   }
-  chunk.load->landed(chunk.piece, base);
-  lock.lock();
+  const Unlocked open(lock);
+  if (landing != nullptr && piece.staged) {
+    std::memcpy(landing + piece.group_offset, bytes, static_cast<size_t>(piece.nbytes));
+    bytes = landing + piece.group_offset;
+  }
+  chunk.load->landed(chunk.piece, bytes);
 }
 
 // All pieces are there. The group has landed when its files are still what they were and its bytes
@@ -206,25 +312,44 @@ void Engine::land_group(Arena& arena, std::unique_lock<std::mutex>& lock) {
   const uint64_t generation = arena.generation;
   const std::shared_ptr<Load> load = arena.load;
   Group& group = group_at(arena.group);
-  lock.unlock();
-  std::string error;
   try {
-    for (const int file : group.files) files_[static_cast<size_t>(file)]->check_unchanged();
-  } catch (const Error& changed) {
-    error = changed.what();
+    uint64_t digest = 0;
+    {
+      const Unlocked open(lock);
+      for (const int file : group.files) files_[static_cast<size_t>(file)]->check_unchanged();
+      if (load->is_hashed()) digest = digest_of_load(arena, group, *load);
+    }
+    if (arena.generation != generation) return;
+    if (load->is_hashed() && digest != group.digest) return distrust(arena);
+    if (load->is_hashed()) {
+      group.is_verified = true;
+      ++counters_.num_verified;
+      if (arena.is_retry) ++counters_.num_healed;
+    }
+    accept(arena);
+  } catch (const std::runtime_error& failed) {
+    if (arena.generation == generation) fail_load(arena, failed);
   }
-  lock.lock();
-  if (arena.generation != generation) return;
-  if (!error.empty()) return fail_load(arena, std::move(error));
-  if (load->is_hashed() && load->digest() != group.digest) return distrust(arena);
-  if (load->is_hashed()) {
-    group.is_verified = true;
-    ++counters_.num_verified;
-    if (arena.is_retry) ++counters_.num_healed;
+}
+
+// Of the bytes as they arrived; where no processor saw them arrive, of those that lie there now.
+uint64_t Engine::digest_of_load(const Arena& arena, const Group& group, const Load& load) const {
+  Xxh3 hash;
+  if (group.is_in_ram()) {
+    for (const Extent& extent : group.extents) {
+      hash.update(group.ram->data() + extent.group_offset, static_cast<size_t>(extent.nbytes));
+    }
+    return hash.digest();
   }
-  arena.state = State::kLanded;
-  ++counters_.num_landed;
-  landed_.notify_all();
+  if (!load.is_unseen()) return load.digest();
+  std::vector<std::byte> buffer(static_cast<size_t>(options_.mode.chunk_bytes));
+  for (const Piece& piece : group.pieces) {
+    device_->fetch(arena.lane, buffer.data(), arena.memory.data + piece.group_offset, piece.nbytes);
+    device_->record(arena.ready, arena.lane);
+    device_->block(arena.ready);
+    hash.update(buffer.data(), static_cast<size_t>(piece.nbytes));
+  }
+  return hash.digest();
 }
 
 // The bytes differ from their digest. Memory, bus and cable may lie once: read again, then believe.
@@ -239,21 +364,15 @@ void Engine::distrust(Arena& arena) {
                             " (from offset ", first.offset,
                             ") does not, in two reads. The file or the disk is damaged; fetch the "
                             "file again, or delete the recorded digests if it was changed on "
-                            "purpose."))
-                   .what());
+                            "purpose.")));
   }
+  // A copy in RAM that differs is read anew.
+  if (const auto& ram = group_at(arena.group).ram) ram->is_filled = false;
   // A view's pages must come from the disk again, not from a spoilt copy.
   if (arena.is_view) drop_pages(group_at(arena.group));
   begin(arena, arena.group);
   arena.is_retry = true;
   queue_.insert(queue_.begin(), static_cast<size_t>(&arena - arenas_.data()));
-}
-
-void Engine::fail_load(Arena& arena, std::string error) {
-  arena.state = State::kFailed;
-  arena.error = std::move(error);
-  ++counters_.num_failed;
-  landed_.notify_all();
 }
 
 void Engine::drop_pages(const Group& group) const {
