@@ -35,7 +35,7 @@ $(BIN)/python:
 $(STAMP): pyproject.toml setup.py $(CSRC) | $(BIN)/python
 	printf '%s\n' '$(TORCH)' > $(CONSTRAINT)
 	$(PIP_INSTALL) '$(TORCH)'
-	$(PIP_INSTALL) 'setuptools>=77' wheel ninja
+	$(PIP_INSTALL) 'setuptools>=77' wheel ninja nvidia-nvtx
 	$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 

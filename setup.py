@@ -2,9 +2,11 @@
 
 One abi3 library on torch's stable ABI: it serves every Python >= 3.10 and every torch >= 2.11.
 io_uring comes from liburing, linked statically when it is found; NEXUS_URING=0 builds without.
+Ranges for profilers need NVTX's headers, and nothing to link; NEXUS_NVTX=0 builds without.
 """
 
 import os
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -19,6 +21,7 @@ LIBRARY_FOLDERS = [
     "/usr/lib64",
     "/usr/lib",
 ]
+SYSTEM_HEADERS = Path("/usr/include")
 
 
 def find_liburing() -> str | None:
@@ -29,16 +32,30 @@ def find_liburing() -> str | None:
     return next((str(path) for path in found if path.exists()), None)
 
 
-def sources(has_uring: bool) -> list[str]:
-    left_out = "reader_uring_absent.cpp" if has_uring else "reader_uring.cpp"
+def find_nvtx() -> Path | None:
+    """The folder that holds nvtx3/: of the wheel nvidia-nvtx, of a toolkit, or of the system."""
+    if os.environ.get("NEXUS_NVTX") == "0":
+        return None
+    wheels = [folder for entry in sys.path for folder in Path(entry).glob("nvidia/*/include")]
+    toolkits = [Path(os.environ["CUDA_HOME"]) / "include"] if os.environ.get("CUDA_HOME") else []
+    found = [*wheels, *toolkits, SYSTEM_HEADERS]
+    return next((folder for folder in found if (folder / "nvtx3/nvToolsExt.h").exists()), None)
+
+
+def sources(has_uring: bool, has_nvtx: bool) -> list[str]:
+    left_out = {
+        "reader_uring_absent.cpp" if has_uring else "reader_uring.cpp",
+        "range_absent.cpp" if has_nvtx else "range.cpp",
+    }
     found = (ROOT / "csrc").rglob("*.cpp")
-    return sorted(str(path.relative_to(ROOT)) for path in found if path.name != left_out)
+    return sorted(str(path.relative_to(ROOT)) for path in found if path.name not in left_out)
 
 
 liburing = find_liburing()
+nvtx = find_nvtx()
 native = CppExtension(
     "nexus_ext._native",
-    sources(liburing is not None),
+    sources(liburing is not None, nvtx is not None),
     include_dirs=[str(ROOT / "csrc")],
     define_macros=[("TORCH_TARGET_VERSION", TORCH_2_11), ("Py_LIMITED_API", "0x030A0000")],
     extra_compile_args=[
@@ -49,6 +66,8 @@ native = CppExtension(
         "-Wextra",
         "-ffp-contract=off",
         "-fvisibility=hidden",
+        # Named once more, the system's own folder would lose its place in the search.
+        *(["-isystem", str(nvtx)] if nvtx not in (None, SYSTEM_HEADERS) else []),
         *os.environ.get("NEXUS_CXXFLAGS", "").split(),
     ],
     extra_objects=[liburing] if liburing else [],

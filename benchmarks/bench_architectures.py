@@ -37,6 +37,7 @@ import nexus_ext as nexus
 from nexus_ext.bench import machine
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.config import StreamConfig
+from nexus_ext.device import Device
 from nexus_ext.layout import lay_out
 from nexus_ext.streamer import plan_groups
 
@@ -283,9 +284,8 @@ class Subject:
         """As little memory as there can be: two arenas."""
         model, checkpoint = copy.deepcopy(self.resident), Checkpoint.open(self._path)
         layout = lay_out(model, checkpoint, self._groups)
-        plan = plan_groups(
-            checkpoint, layout.groups, layout.outside, StreamConfig.of(budget="64GiB")
-        )
+        config, device = StreamConfig.of(budget="64GiB"), Device.of("cpu")
+        plan, _ = plan_groups(checkpoint, layout.groups, layout.outside, config, device)
         streamed = nexus.stream(
             model, checkpoint, budget=plan.minimum_bytes, groups=self._groups, io="direct"
         )

@@ -18,11 +18,13 @@
 #include <vector>
 
 #include "common/error.h"
+#include "common/range.h"
 #include "common/xxh3.h"
 #include "io/measure.h"
 #include "io/page_cache.h"
 #include "python_module.h"
 #include "quant/codec.h"
+#include "stream/measure.h"
 #include "stream/registry.h"
 
 using torch::stable::Tensor;
@@ -220,6 +222,11 @@ std::string measure(std::string path, std::string io, bool allow_uring, int64_t 
   return measure_read(path, read_mode(io, allow_uring, true, depth, chunk_bytes), max_bytes);
 }
 
+std::string copy_rate(const Tensor& arena, std::string device, int64_t chunk_bytes,
+                      int64_t max_bytes) {
+  return measure_copy(*make_device(device), bytes_of(arena), arena.numel(), chunk_bytes, max_bytes);
+}
+
 int64_t file_cached_bytes(std::string path) {
   const int descriptor = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
   struct stat info;
@@ -344,14 +351,19 @@ STABLE_TORCH_LIBRARY(nexus, m) {
   m.def(
       "measure_read(str path, str io, bool allow_uring, int depth, int chunk_bytes, "
       "int max_bytes) -> str");
+  // Overwrites `arena` (uint8), whose memory is the device's.
+  m.def("measure_copy(Tensor(a!) arena, str device, int chunk_bytes, int max_bytes) -> str");
   m.def("cached_bytes(str path) -> int");
   m.def("xxh3(Tensor data) -> int");
+  // Whether this build can talk to a profiler.
+  m.def("has_nvtx() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nexus, CPU, m) {
   m.impl("acquire_", TORCH_BOX(&nexus::acquire_));
   m.impl("acquire_.held", TORCH_BOX(&nexus::acquire_held_));
   m.impl("release_", TORCH_BOX(&nexus::release_));
+  m.impl("measure_copy", TORCH_BOX(&nexus::copy_rate));
   m.impl("engine_read_rows", TORCH_BOX(&nexus::engine_read_rows));
   m.impl("xxh3", TORCH_BOX(&nexus::xxh3));
 }
@@ -360,6 +372,7 @@ STABLE_TORCH_LIBRARY_IMPL(nexus, CUDA, m) {
   m.impl("acquire_", TORCH_BOX(&nexus::acquire_));
   m.impl("acquire_.held", TORCH_BOX(&nexus::acquire_held_));
   m.impl("release_", TORCH_BOX(&nexus::release_));
+  m.impl("measure_copy", TORCH_BOX(&nexus::copy_rate));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nexus, CompositeExplicitAutograd, m) {
@@ -377,4 +390,5 @@ STABLE_TORCH_LIBRARY_IMPL(nexus, CompositeExplicitAutograd, m) {
   m.impl("use_codec", TORCH_BOX(&nexus::use_codec));
   m.impl("measure_read", TORCH_BOX(&nexus::measure));
   m.impl("cached_bytes", TORCH_BOX(&nexus::file_cached_bytes));
+  m.impl("has_nvtx", TORCH_BOX(&nexus::has_nvtx));
 }

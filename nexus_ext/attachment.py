@@ -97,16 +97,20 @@ class StandIn(nn.Parameter):
     """
 
     label = "a streamed weight"
+    target: torch.device
 
     @classmethod
-    def of(cls, label: str, shape: tuple[int, ...], dtype: torch.dtype) -> StandIn:
+    def of(
+        cls, label: str, shape: tuple[int, ...], dtype: torch.dtype, target: torch.device
+    ) -> StandIn:
         made = cls(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
         made.label = label
+        made.target = target
         return made
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cpu")
+        return self.target
 
     @classmethod
     def __torch_function__(
@@ -443,7 +447,7 @@ class Attachment:
     def __init__(self, model: nn.Module, streamer: Streamer) -> None:
         self.streamer = streamer
         self.lock = threading.RLock()
-        self.turn = torch.zeros(1, dtype=torch.uint8)
+        self.turn = torch.zeros(1, dtype=torch.uint8, device=streamer.device.torch_device)
         self.life = _Life(streamer)
         self._finalizer = weakref.finalize(model, streamer.close)
         model.__dict__["_nexus"] = self

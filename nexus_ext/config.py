@@ -35,11 +35,12 @@ class StreamConfig:
         io: "direct" bypasses the page cache; "buffered" passes through it and leaves nothing
             behind; "mmap" lives in it; "auto" looks at the cache and at free memory.
         lookahead: Groups fetched ahead of the one in use, or "auto".
-        ram_budget: Bytes of host memory for staging, or "auto" (24 chunks).
+        ram_budget: Bytes of host memory for staging and, when weights stream to a GPU, for groups
+            that stay in page-locked RAM; or "auto": 24 chunks, and on a GPU half of what is free.
         verify: Compare groups with recorded digests: "off", at the "first" landing, or "always".
         prefault: Bring mapped pages in at the start ("mmap" only); "auto" when they fit in memory.
         depth: Reads in flight; None is the reader's default.
-        chunk_bytes: Most bytes of one read.
+        chunk_bytes: Most bytes of one read, or "auto": 1 MiB, on a GPU what its link likes.
         use_uring: Whether io_uring may be used where it works.
         tile_bytes: Bytes of one tile of a projection that is read by rows, about.
     """
@@ -51,7 +52,7 @@ class StreamConfig:
     verify: Verify = "off"
     prefault: Prefault = "auto"
     depth: int | None = None
-    chunk_bytes: int = 1 << 20
+    chunk_bytes: int | Literal["auto"] = "auto"
     use_uring: bool = True
     tile_bytes: int = 8 << 20
 
@@ -66,7 +67,7 @@ class StreamConfig:
         verify: str = "off",
         prefault: str | None = None,
         depth: int | None = None,
-        chunk_bytes: str | int = 1 << 20,
+        chunk_bytes: str | int = "auto",
         use_uring: bool = True,
         tile_bytes: str | int = 8 << 20,
     ) -> StreamConfig:
@@ -75,8 +76,8 @@ class StreamConfig:
         Raises:
             ConfigError: A value that cannot be; the message lists those that can.
         """
-        chunk = parse_bytes(chunk_bytes)
-        if chunk < _SMALLEST_CHUNK_BYTES:
+        chunk = _bytes_or_auto(chunk_bytes)
+        if chunk != "auto" and chunk < _SMALLEST_CHUNK_BYTES:
             raise ConfigError(
                 f"chunk_bytes must be at least {_SMALLEST_CHUNK_BYTES}, got {chunk}; "
                 "1MiB suits most disks."

@@ -16,7 +16,7 @@ from nexus_ext import ops
 from nexus_ext.checkpoint import File, Group
 from nexus_ext.ops import native
 
-__all__ = ["Engine", "Faults", "ReadMode", "cached_bytes", "measure_read"]
+__all__ = ["Engine", "Faults", "ReadMode", "cached_bytes", "measure_copy", "measure_read"]
 
 
 @dataclass(frozen=True)
@@ -219,6 +219,26 @@ def measure_read(path: str, mode: ReadMode, max_bytes: int) -> dict[str, Any]:
             mode.chunk_bytes,
             max_bytes,
         )
+    )
+    return report
+
+
+def measure_copy(
+    arena: torch.Tensor, device: str, chunk_bytes: int, max_bytes: int
+) -> dict[str, Any]:
+    """Copy about `max_bytes` from page-locked memory to a device, in chunks: its ceiling. Blocks.
+
+    Args:
+        arena: uint8, at least a chunk, on the device; overwritten.
+        device: The engine's name of it, "cuda:0".
+        chunk_bytes: Of one copy.
+        max_bytes: In all.
+
+    Returns:
+        bytes, seconds, gbps (1e9 bytes a second), is_pinned.
+    """
+    report: dict[str, Any] = json.loads(
+        ops.call(native.measure_copy, arena, device, chunk_bytes, max_bytes)
     )
     return report
 

@@ -23,10 +23,11 @@ from nexus_ext.attachment import (
 )
 from nexus_ext.checkpoint import Checkpoint, Group, Member
 from nexus_ext.config import StreamConfig
+from nexus_ext.device import Device
 from nexus_ext.engine import Faults
 from nexus_ext.errors import ConfigError, StreamError
 from nexus_ext.layout import Layout, lay_out
-from nexus_ext.memory import available_bytes, default_budget
+from nexus_ext.memory import default_budget
 from nexus_ext.plan import Plan, divide_budget
 from nexus_ext.profiling import Stats
 from nexus_ext.quant.formats import PackedWeight
@@ -44,7 +45,7 @@ def stream(
     model: nn.Module,
     checkpoint: str | os.PathLike[str] | Checkpoint,
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Device = "cpu",
     groups: str | Iterable[str] | None = None,
     by_rows: str | Iterable[str] = (),
     keep: str | Iterable[str] = (),
@@ -63,7 +64,8 @@ def stream(
         model: Any module; changed in place and returned. Buffers that the checkpoint lacks keep
             their values.
         checkpoint: A safetensors file, an index, a folder with either, or a .gguf file.
-        device: Where the model computes: "cpu".
+        device: Where the model computes: "cpu", "cuda" or "cuda:1". What of the model is not in the
+            checkpoint moves there too.
         groups: Name of the blocks' container, or names of blocks; None finds the repeated ones.
         by_rows: Names of Linear and Embedding modules, or patterns with *, whose weights are never
             resident: a projection is read in tiles, an embedding by the rows that ids name.
@@ -86,7 +88,7 @@ def stream(
         StreamError: A model that cannot be streamed.
     """
     config = StreamConfig.of(**options)
-    _check_device(device)
+    target = Device.of(device)
     _detach_closed(model)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
@@ -100,6 +102,7 @@ def stream(
             layout.groups,
             layout.outside,
             config,
+            target,
             projections=layout.projections,
             tables=layout.tables,
             sequence=layout.sequence(),
@@ -137,7 +140,8 @@ def stream_all(
     requests = [(model, checkpoint, {**options, **own}) for model, checkpoint, own in models]
     plans = [_whole_plan(*request) for request in requests]
     total = StreamConfig.of(budget=budget).budget
-    total = default_budget(available_bytes()) if total == "auto" else total
+    device = Device.of(options.get("device", "cpu"))
+    total = default_budget(device.available_bytes()) if total == "auto" else total
     streamed: list[nn.Module] = []
     try:
         for (model, checkpoint, own), share in zip(
@@ -163,9 +167,11 @@ def _whole_plan(
         budget=2 * checkpoint.nbytes + _ROOMY,
         **{name: options[name] for name in options if name in StreamConfig.__annotations__},
     )
-    return plan_groups(
-        checkpoint, layout.groups, layout.outside, config, projections=layout.projections
+    device = Device.of(options.get("device", "cpu"))
+    plan, _ = plan_groups(
+        checkpoint, layout.groups, layout.outside, config, device, projections=layout.projections
     )
+    return plan
 
 
 def stats(model: nn.Module) -> Stats:
@@ -189,15 +195,6 @@ def close(model: nn.Module) -> None:
     The model cannot be used afterwards, unless it is streamed again.
     """
     attachment_of(model).close()
-
-
-def _check_device(device: str | torch.device) -> None:
-    try:
-        kind = torch.device(device).type
-    except (RuntimeError, TypeError):
-        raise ConfigError(f"device must name a device, got {device!r}; use 'cpu'.") from None
-    if kind != "cpu":
-        raise ConfigError(f"device must be one that weights can stream to: 'cpu'; got {device!r}.")
 
 
 def _check_blocks(blocks: list[tuple[str, nn.Module]]) -> None:
@@ -234,6 +231,8 @@ def _detach_closed(model: nn.Module) -> None:
 
 def _attach(layout: Layout, streamer: Streamer) -> None:
     attachment = Attachment(layout.model, streamer)
+    where = streamer.device.torch_device
+    layout.packed = {name: weight.on(where) for name, weight in layout.packed.items()}
     _place_outside(layout, streamer)
     _place_by_rows(layout, streamer)
     for index, ((path, block), names) in enumerate(zip(layout.blocks, layout.grouped, strict=True)):
@@ -241,7 +240,19 @@ def _attach(layout: Layout, streamer: Streamer) -> None:
         slot = GroupSlot(attachment, block, index, members, packed)
         _place_group(layout, slot, path, sorted(names))
         block.__dict__["_nexus_group"] = slot
+    _move_the_rest(layout.model, where)
     subclass_all(layout.model)
+
+
+def _move_the_rest(model: nn.Module, where: torch.device) -> None:
+    """What the checkpoint does not hold is used beside what it holds."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(where)
+        for parameter in module._parameters.values():
+            if parameter is not None and not parameter.is_meta:
+                parameter.data = parameter.data.to(where)
 
 
 def _placed(
@@ -271,7 +282,7 @@ def _place_outside(layout: Layout, streamer: Streamer) -> None:
         owner, leaf = _owner(layout.model, name)
         if name in layout.packed:
             weight = layout.packed[name]
-            stand_in = _stand_in(layout, name)
+            stand_in = _stand_in(layout, name, streamer.device.torch_device)
             owner._parameters[leaf] = parameters.setdefault(id(tensor), stand_in)
             parts = {part: views_of[source] for part, source in weight.parts.items()}
             _give(owner, leaf, parts | dict(weight.constants), weight)
@@ -290,7 +301,8 @@ def _place_by_rows(layout: Layout, streamer: Streamer) -> None:
         ids = streamer.projection_ids if is_linear else streamer.table_ids
         module.__dict__["_nexus_row_id"] = ids[entry.name]
         stand_in = stand_ins.setdefault(
-            entry.name, StandIn.of(entry.name, entry.shape, entry.dtype)
+            entry.name,
+            StandIn.of(entry.name, entry.shape, entry.dtype, streamer.device.torch_device),
         )
         module._parameters["weight"] = stand_in
 
@@ -301,7 +313,8 @@ def _place_group(layout: Layout, slot: GroupSlot, path: str, names: list[str]) -
         owner, leaf = _owner(layout.model, name)
         # As outside: tied before, tied after.
         key = id(layout.tensors[name])
-        owner._parameters[leaf] = stand_ins.setdefault(key, _stand_in(layout, name))
+        stand_in = _stand_in(layout, name, slot.arena.device)
+        owner._parameters[leaf] = stand_ins.setdefault(key, stand_in)
         own = name.removeprefix(path)
         owner.__dict__["_nexus_slot"] = slot
         owner.__dict__["_nexus_path"] = own.removesuffix(f".{leaf}")
@@ -309,9 +322,9 @@ def _place_group(layout: Layout, slot: GroupSlot, path: str, names: list[str]) -
         _give(owner, leaf, slot.parts(own) if weight else slot.view(own), weight)
 
 
-def _stand_in(layout: Layout, name: str) -> StandIn:
+def _stand_in(layout: Layout, name: str, where: torch.device) -> StandIn:
     tensor = layout.tensors[name]
-    return StandIn.of(name, tuple(tensor.shape), tensor.dtype)
+    return StandIn.of(name, tuple(tensor.shape), tensor.dtype, where)
 
 
 def _give(owner: nn.Module, leaf: str, there: object, weight: PackedWeight | None) -> None:

@@ -10,7 +10,7 @@ spreading the k evenly hides each read behind the compute of the residents aroun
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -26,10 +26,13 @@ _DEEPEST_AUTO = 4
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured speeds, None where unknown; compute is the mean over the groups."""
+    """Measured speeds, None where unknown; compute is the mean over the groups. The link is what
+    leads from host memory to the device; there is none where weights stream to host memory.
+    """
 
     disk_bytes_per_second: float | None = None
     compute_seconds_per_group: float | None = None
+    link_bytes_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Plan:
 
     `streamed[i]` always lives in the shared arena `arena_of[i]`, `arena_bytes[arena_of[i]]` big.
     There are `lookahead` + 1 of these; none, and lookahead 0, when everything is resident.
+    `in_ram` are the streamed groups that stay in page-locked host memory: they take the link alone,
+    all others the disk too.
     `tiled_bytes` of projections are read by rows in every pass, through `tile_arena_bytes`.
     `minimum_bytes` is the smallest budget `make_plan` accepts, as a rule that of lookahead 1. A
     prediction is None while its rates are unknown; with unknown compute the step is the I/O bound.
@@ -51,6 +56,7 @@ class Plan:
     arena_of: tuple[int, ...] = ()
     arena_bytes: tuple[int, ...] = ()
     lookahead: int = 0
+    in_ram: tuple[int, ...] = ()
     minimum_bytes: int = 0
     tiled_bytes: int = 0
     tile_arena_bytes: int = 0
@@ -69,8 +75,18 @@ class Plan:
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes read from disk in every pass."""
+        """Bytes that move in every pass."""
         return sum(self.group_bytes[group] for group in self.streamed) + self.tiled_bytes
+
+    @property
+    def ram_bytes(self) -> int:
+        """Bytes of the groups that stay in host memory."""
+        return sum(self.group_bytes[group] for group in self.in_ram)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes read from disk in every pass but the first."""
+        return self.streamed_bytes - self.ram_bytes
 
     @property
     def device_bytes(self) -> int:
@@ -86,6 +102,7 @@ class Plan:
             if self.tiled_bytes
             else ""
         )
+        ram = f"in RAM    groups: {len(self.in_ram)}, {size(self.ram_bytes)}\n" * bool(self.in_ram)
         compute = self.predicted_compute_seconds
         bound = "at least " if compute is None and step is not None else ""
         return (
@@ -94,7 +111,7 @@ class Plan:
             f"streamed  groups: {len(self.streamed)}, {size(self.streamed_bytes)} a pass\n"
             f"arenas    {len(self.arena_bytes)}, {size(sum(self.arena_bytes))}, "
             f"lookahead {self.lookahead}\n"
-            f"{tiles}"
+            f"{ram}{tiles}"
             f"device    {size(self.device_bytes)} of a budget of {size(self.budget_bytes)}; "
             f"the smallest that works is {size(self.minimum_bytes)}\n"
             f"step      {bound}{_seconds(step)}: I/O {_seconds(self.predicted_io_seconds)}, "
@@ -111,6 +128,7 @@ def make_plan(
     in_flight_bytes: int = 16 << 20,
     tiled_bytes: int = 0,
     tile_arena_bytes: int = 0,
+    ram_bytes: int = 0,
 ) -> Plan:
     """Split the groups into resident and streamed ones so that the budget holds.
 
@@ -124,12 +142,15 @@ def make_plan(
         in_flight_bytes: Bytes the disk wants requested at any time to run at full speed.
         tiled_bytes: Bytes of projections that are read by rows in every pass.
         tile_arena_bytes: Bytes of the arenas they are read through.
+        ram_bytes: Bytes of host memory for streamed groups that stay there.
 
     Raises:
         BudgetError: The budget is too small, altogether or for the lookahead asked for.
         ConfigError: A negative size, an impossible rate, or a lookahead below 1.
     """
-    _check(lookahead, rates, (*group_bytes, outside_bytes, budget_bytes, in_flight_bytes))
+    _check(
+        lookahead, rates, (*group_bytes, outside_bytes, budget_bytes, in_flight_bytes, ram_bytes)
+    )
     sizes = tuple(group_bytes)
     everything = Plan(
         budget_bytes,
@@ -147,7 +168,8 @@ def make_plan(
         raise _too_small(smallest[depths[0]], minimum)
     # Arenas that no two groups share would be better spent on residents: then go less deep.
     frugal = [plan for plan in fitting if len(plan.streamed) >= 2 * len(plan.arena_bytes)]
-    return _predicted(replace((frugal or fitting[:1])[-1], minimum_bytes=minimum), rates)
+    plan = _with_ram((frugal or fitting[:1])[-1], ram_bytes)
+    return _predicted(replace(plan, minimum_bytes=minimum), rates)
 
 
 def divide_budget(budget_bytes: int, plans: Sequence[Plan]) -> list[int]:
@@ -182,32 +204,42 @@ def predict_step(
     arena_of: Sequence[int],
     compute_seconds: Sequence[float],
     disk_bytes_per_second: float,
+    *,
+    in_ram: Collection[int] = (),
+    link_bytes_per_second: float = math.inf,
 ) -> float:
     """Simulate one warm pass: seconds of the second, when the steady state is reached.
 
-    One reader loads the streamed groups in order, one at a time, and goes on across the end of a
-    pass. A load waits until its arena is free: until the computation asks for the group, resident
-    or streamed, after the one that lies there. A streamed group computes once its load has landed.
+    One disk reads in order, one at a time, and goes on across the end of a pass; one link carries
+    what was read, as it comes, and what stays in RAM. A load waits until its arena is free: until
+    the computation asks for the group, resident or streamed, after the one that lies there. A
+    streamed group computes once its load has landed.
 
     Args:
         group_bytes: Bytes of each group, in forward order.
         streamed: Indices of the streamed groups, in order.
         arena_of: The shared arena of each streamed group.
         compute_seconds: Seconds of compute of each group.
-        disk_bytes_per_second: Rate of the reader, above 0; may be infinite.
+        disk_bytes_per_second: Rate of the disk, above 0; may be infinite.
+        in_ram: Indices of the streamed groups that are not read again.
+        link_bytes_per_second: Rate of the link, above 0; may be infinite.
     """
     arenas = dict(zip(streamed, arena_of, strict=True))
     freed: dict[int | None, float] = {}
     previous: int | None = None
-    clock = landed = start = 0.0
+    clock = read = carried = start = 0.0
     for _ in range(2):
         start = clock
         for group, seconds in enumerate(compute_seconds):
             freed[previous], previous = clock, arenas.get(group)
             if previous is not None:
-                begin = max(landed, freed.get(previous, 0.0))
-                landed = begin + group_bytes[group] / disk_bytes_per_second
-                clock = max(clock, landed)
+                begin = freed.get(previous, 0.0)
+                if group not in in_ram:
+                    begin = max(read, begin)
+                    read = begin + group_bytes[group] / disk_bytes_per_second
+                carried = max(carried, begin) + group_bytes[group] / link_bytes_per_second
+                carried = carried if group in in_ram else max(carried, read)
+                clock = max(clock, carried)
             clock += seconds
     return clock - start
 
@@ -219,8 +251,11 @@ def _check(lookahead: object, rates: Rates, sizes: Sequence[int]) -> None:
         lookahead == "auto" or (isinstance(lookahead, int) and lookahead >= 1)
     ):
         raise ConfigError(f"lookahead is 'auto' or an int from 1; got {lookahead!r}; use 'auto'")
-    disk, compute = rates.disk_bytes_per_second, rates.compute_seconds_per_group
-    if not (disk is None or disk > 0) or not (compute is None or compute >= 0):
+    compute = rates.compute_seconds_per_group
+    speeds = (rates.disk_bytes_per_second, rates.link_bytes_per_second)
+    if any(not (rate is None or rate > 0) for rate in speeds) or not (
+        compute is None or compute >= 0
+    ):
         raise ConfigError(f"a rate is positive, or None if unknown; got {rates}; measure it again")
 
 
@@ -298,6 +333,18 @@ def _fit(everything: Plan, depth: int) -> Plan | None:
     return plan
 
 
+def _with_ram(plan: Plan, ram_bytes: int) -> Plan:
+    """As many streamed groups as fit stay in RAM, spread as the residents are: between two that
+    come from disk lies the time to read one.
+    """
+    for count in range(len(plan.streamed), 0, -1):
+        places = _spread(len(plan.streamed), count)
+        kept = replace(plan, in_ram=tuple(plan.streamed[place] for place in sorted(places)))
+        if kept.ram_bytes <= ram_bytes:
+            return kept
+    return plan
+
+
 def _within_budget(plan: Plan) -> bool:
     return plan.device_bytes <= plan.budget_bytes
 
@@ -310,13 +357,22 @@ def _isolation(plan: Plan, group: int) -> int:
 
 def _predicted(plan: Plan, rates: Rates) -> Plan:
     disk, mean = rates.disk_bytes_per_second, rates.compute_seconds_per_group
+    link = rates.link_bytes_per_second or math.inf
     seconds = [mean or 0.0] * plan.num_groups
     plan = replace(plan, predicted_compute_seconds=None if mean is None else sum(seconds))
-    if plan.streamed_bytes and disk is None:
+    if plan.disk_bytes and disk is None:
         return plan
     rate = disk or math.inf
-    step = predict_step(plan.group_bytes, plan.streamed, plan.arena_of, seconds, rate)
-    io = plan.streamed_bytes / rate
+    step = predict_step(
+        plan.group_bytes,
+        plan.streamed,
+        plan.arena_of,
+        seconds,
+        rate,
+        in_ram=frozenset(plan.in_ram),
+        link_bytes_per_second=link,
+    )
+    io = max(plan.disk_bytes / rate, plan.streamed_bytes / link)
     # Projections computed by rows take about as long as their bytes.
     step += plan.tiled_bytes / rate
     return replace(plan, predicted_io_seconds=io, predicted_step_seconds=step)

@@ -18,6 +18,7 @@ from torch import nn
 
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.config import StreamConfig, home_folder
+from nexus_ext.device import Device
 from nexus_ext.errors import ConfigError, MissingExtra
 from nexus_ext.hub import locate
 from nexus_ext.layout import lay_out
@@ -38,7 +39,7 @@ def from_pretrained(
     name: str | Path,
     *,
     model_class: str | type[nn.Module] | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Device = "cpu",
     groups: str | Iterable[str] | None = None,
     by_rows: str | Iterable[str] = (),
     weights: str | QuantConfig | None = None,
@@ -93,6 +94,7 @@ def plan_pretrained(
     name: str | Path,
     *,
     model_class: str | type[nn.Module] | None = None,
+    device: str | torch.device | Device = "cpu",
     groups: str | Iterable[str] | None = None,
     by_rows: str | Iterable[str] = (),
     **options: Any,
@@ -103,13 +105,15 @@ def plan_pretrained(
     model = build_empty(path, checkpoint, model_class)
     rename = _renaming(model, checkpoint)
     layout = lay_out(model, checkpoint, groups, rename, strict=False, by_rows=by_rows)
-    return plan_groups(
+    plan, _ = plan_groups(
         checkpoint,
         layout.groups,
         layout.outside,
         StreamConfig.of(**options),
+        Device.of(device),
         projections=layout.projections,
     )
+    return plan
 
 
 def convert(

@@ -1,12 +1,45 @@
-"""What happened: counters of a streamed model, in one immutable snapshot and one line of words."""
+"""What happens: ranges in NVTX's domain "nexus". What happened: counters of a streamed model.
+
+Counters come in one immutable snapshot and one line of words.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["Stats"]
+import nvtx
+import torch
+from torch.compiler import is_compiling
+
+__all__ = ["Stats", "annotate"]
+
+_NOTHING = nullcontext()
+
+
+@functools.cache
+def _is_attached() -> bool:
+    """Whether a tool wants our ranges: it is there when the process begins, or never."""
+    return isinstance(nvtx.get_domain("nexus"), nvtx.Domain)
+
+
+def annotate(name: str, nbytes: int | torch.Tensor) -> AbstractContextManager[object]:
+    """A range that profilers show, with the bytes it is about: a number, or those of a tensor.
+
+    Native code has the same, csrc/common/range.h. Nothing without a tool. Nothing either in what is
+    being compiled, where a range would break the graph or measure the tracing; a tensor is not
+    asked for its bytes then, which may be symbols.
+    """
+    if is_compiling() or not _is_attached():
+        return _NOTHING
+    payload = nbytes if isinstance(nbytes, int) else nbytes.nbytes
+    annotation: AbstractContextManager[object] = nvtx.annotate(
+        name, domain="nexus", payload=payload
+    )
+    return annotation
 
 
 @dataclass(frozen=True)
@@ -28,9 +61,15 @@ class Stats:
     chunk_bytes: int
     budget_bytes: int
     device_bytes: int
+    device: str
     staging_bytes: int
+    num_slots: int
+    is_pinned: bool
+    pin_refusal: str
+    ram_bytes: int
     resident_groups: int
     streamed_groups: int
+    ram_groups: int
     lookahead: int
     num_views: int
     bytes_read: int
@@ -51,6 +90,10 @@ class Stats:
     num_healed: int
     num_dropped: int
     num_cloned: int
+    num_copies: int
+    bytes_copied: int
+    num_ram_loads: int
+    num_blocks: int
     num_rows: int
     num_row_reads: int
     num_row_retries: int

@@ -106,7 +106,8 @@ class RowTable:
         self._entry = entry
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows that `ids` (integers, any shape) name: [*ids.shape, dim]. Blocks.
+        """The rows that `ids` (integers, any shape) name: [*ids.shape, dim], where the ids are.
+        Blocks; ids on a GPU are waited for, as the host must know them.
 
         Raises:
             StreamError: An id that is no row, or no integer.
@@ -118,7 +119,7 @@ class RowTable:
             raise StreamError(
                 f"Ids of {entry.name} must be int64 or int32, got {ids.dtype}; convert them."
             )
-        flat = ids.reshape(-1).to(torch.int64).contiguous()
+        flat = ids.reshape(-1).to("cpu", torch.int64).contiguous()
         if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < num_rows:
             raise StreamError(
                 f"Ids of {entry.name} must lie in [0, {num_rows}), got {int(flat.min())} to "
@@ -127,7 +128,7 @@ class RowTable:
         out = torch.empty(flat.numel(), dim, dtype=entry.dtype)
         as_bytes = out.view(torch.uint8)
         self._engine.read_rows(as_bytes, flat, entry.file, entry.offset, num_rows)
-        return out.view(*ids.shape, dim)
+        return out.to(ids.device).view(*ids.shape, dim)
 
 
 # What ids stand for. Filled and emptied by streamers.
@@ -166,7 +167,7 @@ def _check(what: str, rule: object, got: object) -> None:
 # -- kernels -------------------------------------------------------------------------------------
 
 
-@torch.library.impl("nexus::streamed_linear", "CPU")
+@torch.library.impl("nexus::streamed_linear", ("CPU", "CUDA"))
 def _linear(
     x: torch.Tensor, bias: torch.Tensor | None, weight_id: torch.Tensor, out_features: int
 ) -> torch.Tensor:
@@ -186,7 +187,7 @@ def _linear(
     return out.view(*x.shape[:-1], out_features)
 
 
-@torch.library.impl("nexus::streamed_linear_grad", "CPU")
+@torch.library.impl("nexus::streamed_linear_grad", ("CPU", "CUDA"))
 def _linear_grad(grad: torch.Tensor, weight_id: torch.Tensor, in_features: int) -> torch.Tensor:
     weight: TiledWeight = _lookup(TiledWeight, weight_id)
     _check("Shape", list(weight.shape), [grad.shape[-1], in_features])
@@ -194,13 +195,13 @@ def _linear_grad(grad: torch.Tensor, weight_id: torch.Tensor, in_features: int) 
     # Rounding to less than float32 once a tile would add up.
     is_short = grad.dtype.itemsize < 4 and len(weight) > 1
     sum_dtype = torch.float32 if is_short else grad.dtype
-    out = torch.zeros(len(flat), in_features, dtype=sum_dtype)
+    out = torch.zeros(len(flat), in_features, dtype=sum_dtype, device=grad.device)
     for rows, tile in weight.parts(backwards=True):
         out += flat[:, rows] @ tile.to(grad.dtype)
     return out.to(grad.dtype).view(*grad.shape[:-1], in_features)
 
 
-@torch.library.impl("nexus::streamed_embedding", "CPU")
+@torch.library.impl("nexus::streamed_embedding", ("CPU", "CUDA"))
 def _embedding(
     ids: torch.Tensor, table_id: torch.Tensor, dim: int, dtype: torch.dtype
 ) -> torch.Tensor:

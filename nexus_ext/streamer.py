@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from nexus_ext.checkpoint import ALIGNMENT, Checkpoint, Entry, Extent, Group
 from nexus_ext.config import StreamConfig, home_folder, poisons_freed_arenas
+from nexus_ext.device import Device
 from nexus_ext.digests import recorded_digests
-from nexus_ext.engine import Engine, Faults, ReadMode, cached_bytes, measure_read
-from nexus_ext.errors import BudgetError
-from nexus_ext.memory import available_bytes, default_budget, format_bytes, should_prefault
-from nexus_ext.plan import Plan, Rates, make_plan
+from nexus_ext.engine import Engine, Faults, ReadMode
+from nexus_ext.memory import available_bytes, default_budget, should_prefault
+from nexus_ext.mode import DEFAULT_DEPTH, Choice, choose
+from nexus_ext.plan import Plan, make_plan
 from nexus_ext.profiling import Stats
 from nexus_ext.rows import RowTable, TiledWeight, forget, remember, tiles_of
 
@@ -34,23 +34,8 @@ _log = logging.getLogger("nexus_ext")
 
 # Direct reads land in place when memory and file agree modulo this.
 _PAGE_BYTES = 4096
-_HUGE_PAGE_BYTES = 2 << 20
-_DEFAULT_DEPTH = 16
-_SMALLEST_DEPTH = 2
-# "auto" trusts the page cache from this share of the checkpoint on.
-_MOSTLY_CACHED = 0.5
 # While one tile computes, one lands and one is asked for.
 _TILE_ARENAS = 3
-# Enough to see a disk's rate, short enough not to be noticed.
-_RATE_PROBE_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """The read mode decided on, and why."""
-
-    mode: ReadMode
-    reason: str
 
 
 class Streamer:
@@ -66,6 +51,7 @@ class Streamer:
         groups: Sequence[Group],
         outside: Group,
         config: StreamConfig,
+        device: Device,
         *,
         projections: Sequence[Entry] = (),
         tables: Sequence[Entry] = (),
@@ -80,6 +66,7 @@ class Streamer:
             groups: What moves together, in the order of use.
             outside: The tensors that stay on the device.
             config: What the user asked for.
+            device: Where the weights end.
             projections: Matrices that are read in tiles.
             tables: Matrices that are read row by row.
             sequence: Groups (indices) and projections in the order of use, as far as it is known;
@@ -90,8 +77,10 @@ class Streamer:
         Raises:
             BudgetError: Before the first byte is read.
             ReadError, TruncatedCheckpoint, CheckpointChanged: A resident group could not be read.
+            DeviceError: The device cannot be used.
         """
         self.config = config
+        self.device = device
         self.groups = tuple(groups)
         self.outside = outside
         self._checkpoint = checkpoint
@@ -101,14 +90,17 @@ class Streamer:
         self._by_rows: list[TiledWeight | RowTable] = []
         self.is_closed = False
         self._progress = progress or (lambda what, done, total: None)
-        choice = _choose_mode(checkpoint, config)
-        self._reason = choice.reason
-        self.plan = plan_groups(
-            checkpoint, self.groups, outside, config, choice.mode, projections=projections
+        self.plan, choice = plan_groups(
+            checkpoint, self.groups, outside, config, device, projections=projections
         )
+        self._reason = choice.reason
         self._prefault_reason = "only mapped files are pre-faulted"
         self.engine = Engine(
-            checkpoint.files, choice.mode, poison=poisons_freed_arenas(), faults=faults
+            checkpoint.files,
+            choice.mode,
+            device=device.name,
+            poison=poisons_freed_arenas(),
+            faults=faults,
         )
         try:
             self._start(choice.mode)
@@ -128,6 +120,7 @@ class Streamer:
             # The tiles come between the groups, and should not keep them from being read ahead.
             self.plan.lookahead + _TILE_ARENAS * bool(self._tiles),
             brief=self._tile_range,
+            in_ram=[group + 1 for group in self.plan.in_ram],
         )
         if self.config.verify != "off":
             self._verify()
@@ -216,6 +209,7 @@ class Streamer:
                 "prefault_reason": self._prefault_reason,
                 "budget_bytes": self.plan.budget_bytes,
                 "device_bytes": self.plan.device_bytes,
+                "ram_groups": len(self.plan.in_ram),
                 "resident_groups": len(self.plan.resident),
                 "streamed_groups": len(self.plan.streamed),
                 "lookahead": self.plan.lookahead,
@@ -242,27 +236,31 @@ class Streamer:
         arena_of: dict[int, int] = {}
         ring_of = dict(zip(plan.streamed, plan.arena_of, strict=True))
         ring_index: dict[int, int] = {}
-        phase = _common_phase([self.groups[group] for group in plan.streamed])
+        phase = self._phase_for(mode, [self.groups[group] for group in plan.streamed])
         for number, group in enumerate((self.outside, *self.groups)):
             ring = ring_of.get(number - 1)
             if ring is None:
-                arenas.append(_allocate(group.nbytes, _common_phase([group])))
-            elif mode.io == "mmap" and _can_be_viewed(group):
+                arenas.append(self.device.allocate(group.nbytes, self._phase_for(mode, [group])))
+            elif mode.io == "mmap" and self.device.is_host and _can_be_viewed(group):
                 extent = group.extents[0]
                 arenas.append(self.engine.map(extent.file, extent.offset, extent.nbytes))
             elif ring not in ring_index:
                 ring_index[ring] = len(arenas)
-                arenas.append(_allocate(plan.arena_bytes[ring], phase))
+                arenas.append(self.device.allocate(plan.arena_bytes[ring], phase))
             else:
                 arena_of[number] = ring_index[ring]
                 continue
             arena_of[number] = len(arenas) - 1
         first = len(arenas)
         tile_arenas = _tile_arena_bytes(self._everything[len(self.groups) + 1 :])
-        arenas += [_allocate(nbytes, 0) for nbytes in tile_arenas]
+        arenas += [self.device.allocate(nbytes) for nbytes in tile_arenas]
         for index, number in enumerate(self._tile_range):
             arena_of[number] = first + index % len(tile_arenas)
         return arenas, [arena_of[number] for number in range(len(self._everything))]
+
+    def _phase_for(self, mode: ReadMode, groups: Sequence[Group]) -> int:
+        """Where reads land in place, where in a page it is matters."""
+        return _common_phase(groups) if self.device.is_host or mode.io == "gds" else 0
 
     def _prefault(self) -> None:
         nbytes = sum(file.stamp.size for file in self._checkpoint.files)
@@ -309,15 +307,6 @@ def _tile_arena_bytes(tiles: Sequence[Group]) -> list[int]:
     return [max(tile.nbytes for tile in tiles[index::count]) for index in range(count)]
 
 
-def _allocate(nbytes: int, phase: int) -> torch.Tensor:
-    """Device memory whose first byte lies `phase` bytes behind a (huge) page boundary."""
-    page = _HUGE_PAGE_BYTES if nbytes >= _HUGE_PAGE_BYTES else _PAGE_BYTES
-    # What lies before and behind is never touched, and so never takes memory.
-    memory = torch.empty(nbytes + page + _PAGE_BYTES, dtype=torch.uint8)
-    start = -memory.data_ptr() % page + phase
-    return memory[start : start + nbytes]
-
-
 def _common_phase(groups: Sequence[Group]) -> int:
     """Where an arena should start, modulo a page, so that most bytes can be read in place.
 
@@ -345,78 +334,32 @@ def plan_groups(
     groups: Sequence[Group],
     outside: Group,
     config: StreamConfig,
-    mode: ReadMode | None = None,
+    device: Device,
     *,
     projections: Sequence[Entry] = (),
-) -> Plan:
-    """The plan for `config`; where something must stream, the disk's rate is measured first.
+) -> tuple[Plan, Choice]:
+    """The plan for `config`, and how it will be read; where something must stream, rates are
+    measured first.
 
     Raises:
         BudgetError: The budget is too small; names the smallest that works.
     """
-    mode = mode or _choose_mode(checkpoint, config).mode
     budget = config.budget
     if budget == "auto":
-        budget = default_budget(available_bytes())
+        budget = default_budget(device.available_bytes())
     sizes = [group.nbytes for group in groups]
-    rates = Rates()
     tiles = [tile for entry in projections for tile in tiles_of(entry, config.tile_bytes)]
-    if tiles or outside.nbytes + sum(sizes) > budget:
-        path = str(max(checkpoint.files, key=lambda file: file.stamp.size).path)
-        rate = measure_read(path, mode, _RATE_PROBE_BYTES)["gbps"] * 1e9
-        rates = Rates(disk_bytes_per_second=rate)
-    return make_plan(
+    streams = bool(tiles) or outside.nbytes + sum(sizes) > budget
+    choice = choose(checkpoint, config, device, streams=streams)
+    plan = make_plan(
         sizes,
         outside.nbytes,
         budget,
         config.lookahead,
-        rates,
-        in_flight_bytes=(mode.depth or _DEFAULT_DEPTH) * mode.chunk_bytes,
+        choice.rates,
+        in_flight_bytes=(choice.mode.depth or DEFAULT_DEPTH) * choice.mode.chunk_bytes,
         tiled_bytes=sum(tile.nbytes for tile in tiles),
         tile_arena_bytes=sum(_tile_arena_bytes(tiles)),
+        ram_bytes=choice.ram_bytes,
     )
-
-
-def _choose_mode(checkpoint: Checkpoint, config: StreamConfig) -> _Choice:
-    nbytes = sum(file.stamp.size for file in checkpoint.files)
-    available = available_bytes()
-    io: str = config.io
-    reason = "asked for"
-    if config.io == "auto":
-        io, reason = _choose_io(checkpoint, nbytes, available)
-    # Pages that fit in memory may stay: the next pass finds them.
-    keeps_pages = io == "mmap" and should_prefault("auto", nbytes, available)[0]
-    return _Choice(
-        ReadMode(
-            io=io,
-            use_uring=config.use_uring,
-            trailing_drop=not keeps_pages,
-            depth=_depth(config),
-            chunk_bytes=config.chunk_bytes,
-        ),
-        reason,
-    )
-
-
-def _choose_io(checkpoint: Checkpoint, nbytes: int, available: int) -> tuple[str, str]:
-    cached = sum(max(0, cached_bytes(str(file.path))) for file in checkpoint.files)
-    fits, _ = should_prefault("auto", nbytes, available)
-    share = f"{format_bytes(cached)} of {format_bytes(nbytes)} are in the page cache"
-    if fits and cached >= _MOSTLY_CACHED * nbytes:
-        return "mmap", f"auto: {share} and all of it fits in free memory"
-    return "direct", f"auto: {share}, {format_bytes(available)} are free"
-
-
-def _depth(config: StreamConfig) -> int | None:
-    """As many reads in flight as `ram_budget` has staging slots for."""
-    if config.ram_budget == "auto":
-        return config.depth
-    slot = config.chunk_bytes + 2 * _PAGE_BYTES
-    # The engine has half as many slots again as reads in flight.
-    affordable = config.ram_budget // slot * 2 // 3
-    if affordable < _SMALLEST_DEPTH:
-        raise BudgetError(
-            f"ram_budget must hold {_SMALLEST_DEPTH * 3 // 2} staging slots of {slot} bytes, got "
-            f"{config.ram_budget}; allow {_SMALLEST_DEPTH * 3 // 2 * slot} or lower chunk_bytes."
-        )
-    return min(config.depth or _DEFAULT_DEPTH, affordable)
+    return plan, choice

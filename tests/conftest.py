@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import mmap
 import os
 import random
@@ -42,12 +43,62 @@ KIB = 1 << 10
 # -- tests that need a GPU ---------------------------------------------------------------------
 
 
+def _load_beside(name: str) -> Any:
+    """A module of tests/simcuda/, which is no package."""
+    path = Path(__file__).parent / "simcuda" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# tests/test_on_simcuda.py starts a process with a simulated driver, for the tests that take either.
+SIMULATED_DRIVER = os.environ.get("SIMCUDA")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("needs_cuda") is None or torch.cuda.is_available():
+    takes_simulated = item.get_closest_marker("takes_simcuda") is not None
+    if item.get_closest_marker("needs_cuda") is not None:
+        is_there, reason = torch.cuda.is_available(), "needs an NVIDIA GPU; torch sees none"
+    elif item.get_closest_marker("needs_simcuda") is not None:
+        is_there = SIMULATED_DRIVER is not None
+        reason = "runs on the simulated driver: see test_on_simcuda.py"
+    elif takes_simulated:
+        is_there = SIMULATED_DRIVER is not None or torch.cuda.is_available()
+        reason = "no NVIDIA GPU here; runs on the simulated driver: see test_on_simcuda.py"
+    else:
         return
-    if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
+    if is_there:
+        return
+    if os.environ.get("FAIL_WITHOUT_CUDA") == "1" and not item.get_closest_marker("needs_simcuda"):
         pytest.fail("FAIL_WITHOUT_CUDA=1, and torch sees no CUDA device", pytrace=False)
-    pytest.skip("needs an NVIDIA GPU; torch sees none")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def _simulator() -> Any:
+    assert SIMULATED_DRIVER is not None
+    return _load_beside("simcuda").load(Path(SIMULATED_DRIVER))
+
+
+@pytest.fixture
+def sim_gpu(_simulator: Any) -> Iterator[Any]:
+    """The simulated GPU, and nothing left behind on it."""
+    gpu = _load_beside("gpus").SimGpu(_simulator)
+    gpu.reset()
+    yield gpu
+    _simulator.reset()
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> Any:
+    """The simulated GPU where there is one, else the real one."""
+    if SIMULATED_DRIVER is not None:
+        return request.getfixturevalue("sim_gpu")
+    return _load_beside("gpus").RealGpu()
 
 
 # -- what every test gets ----------------------------------------------------------------------
@@ -260,10 +311,12 @@ class Lab:
         sources: Sequence[Source],
         mode: ReadMode,
         *,
+        device: str = "cpu",
         poison: bool = False,
         faults: Faults | None = None,
     ) -> Engine:
-        engine = Engine([source.file for source in sources], mode, poison=poison, faults=faults)
+        files = [source.file for source in sources]
+        engine = Engine(files, mode, device=device, poison=poison, faults=faults)
         self._engines.append(engine)
         return engine
 

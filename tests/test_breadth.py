@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 import nexus_ext as nexus
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.config import StreamConfig
+from nexus_ext.device import Device
 from nexus_ext.errors import NexusError
 from nexus_ext.layout import lay_out
 from nexus_ext.streamer import plan_groups
@@ -50,9 +51,8 @@ def twins(tmp_path: Path) -> Callable[..., tuple[Any, Any]]:
         save_file(tensors, tmp_path / "model.safetensors")
         streamed, checkpoint = copy.deepcopy(resident), Checkpoint.open(tmp_path)
         layout = lay_out(streamed, checkpoint, options.get("groups"))
-        whole = plan_groups(
-            checkpoint, layout.groups, layout.outside, StreamConfig.of(budget="8GiB")
-        )
+        config, device = StreamConfig.of(budget="8GiB"), Device.of("cpu")
+        whole, _ = plan_groups(checkpoint, layout.groups, layout.outside, config, device)
         nexus.stream(streamed, checkpoint, budget=whole.minimum_bytes, io="direct", **options)
         assert len(nexus.plan_of(streamed).arena_bytes) == 2
         return resident, streamed

@@ -1,4 +1,7 @@
-"""The library as it is built: what it needs, what it shows, and that it works without liburing."""
+"""The library as it is built: what it needs, what it shows, and that it works without options.
+
+Optional are liburing and NVTX's headers.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,8 @@ URING_IS_INSTALLED = Path("/usr/include/liburing.h").exists() and any(
 )
 # One text of reader_uring.cpp, and one of the file that stands in for it.
 WITH_URING, WITHOUT_URING = b"io_uring is denied here", b"this build has no io_uring"
+# What NVTX's headers look for in a tool.
+WITH_NVTX = b"InitializeInjectionNvtx2"
 
 STREAM = """
 import json, sys
@@ -82,9 +87,9 @@ def exported_by(library: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def build_without_uring(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package, built with NEXUS_URING=0; the folder to import it from."""
-    folder = tmp_path_factory.mktemp("without-uring")
+def bare_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package, built without options; the folder to import it from."""
+    folder = tmp_path_factory.mktemp("bare")
     for name in ("csrc", "kernels", "nexus_ext"):
         ignored = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -95,7 +100,8 @@ def build_without_uring(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=folder,
-        env=os.environ | {"NEXUS_URING": "0", "NEXUS_CXXFLAGS": "-O0 -Werror", "PATH": path},
+        env=os.environ
+        | {"NEXUS_URING": "0", "NEXUS_NVTX": "0", "NEXUS_CXXFLAGS": "-O0 -Werror", "PATH": path},
         capture_output=True,
         text=True,
     )
@@ -137,7 +143,7 @@ def test_the_library_has_io_uring_where_liburing_is_installed() -> None:
     assert (WITHOUT_URING in content) == (not URING_IS_INSTALLED)
 
 
-# -- without liburing --------------------------------------------------------------------------
+# -- without options ---------------------------------------------------------------------------
 
 
 def check_without_uring(report: dict[str, Any], lab: Any) -> None:
@@ -152,14 +158,15 @@ def check_without_uring(report: dict[str, Any], lab: Any) -> None:
 
 @pytest.mark.slow
 def test_a_build_without_liburing_reads_directly_with_threads(
-    lab: Any, build_without_uring: Path, run_python: Callable[..., str]
+    lab: Any, bare_build: Path, run_python: Callable[..., str]
 ) -> None:
     """Where liburing is missing, the library under test is such a build, and must do the same."""
     path = lab.source(1_200_001).path
-    report = json.loads(run_python(STREAM, path, PYTHONPATH=str(build_without_uring)))
-    assert report["package"] == str(build_without_uring / "nexus_ext" / "__init__.py")
+    report = json.loads(run_python(STREAM, path, PYTHONPATH=str(bare_build)))
+    assert report["package"] == str(bare_build / "nexus_ext" / "__init__.py")
     check_without_uring(report, lab)
-    check_links(library_in(build_without_uring))
-    assert WITHOUT_URING in library_in(build_without_uring).read_bytes()
+    check_links(library_in(bare_build))
+    assert WITHOUT_URING in library_in(bare_build).read_bytes()
+    assert WITH_NVTX not in library_in(bare_build).read_bytes()
     if not URING_IS_INSTALLED:
         check_without_uring(json.loads(run_python(STREAM, path)), lab)

@@ -13,9 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nexus_ext import device as device_module
+from nexus_ext import mode as mode_module
 from nexus_ext import streamer as streamer_module
 from nexus_ext.checkpoint import ALIGNMENT, Checkpoint, Group
 from nexus_ext.config import StreamConfig
+from nexus_ext.device import Device
 from nexus_ext.engine import Engine, Faults
 from nexus_ext.errors import BudgetError, ConfigError, CorruptCheckpoint, EngineClosed
 from nexus_ext.memory import default_budget
@@ -24,6 +27,7 @@ from nexus_ext.streamer import Streamer, plan_groups
 
 NUM_GROUPS = 7
 GROUP_BYTES = 3 * 16384 + 256
+HOST = Device.of("cpu")
 MODES = ["direct", "buffered", "mmap"]
 
 
@@ -57,7 +61,8 @@ class Source:
         """With room for `keep` groups, the two arenas of lookahead 1, and what is outside."""
         checkpoint, groups, outside = self.parts()
         asked = {"budget": outside.nbytes + (keep + 2) * GROUP_BYTES, "lookahead": 1} | asked
-        return Streamer(checkpoint, groups, outside, StreamConfig.of(**asked), faults=faults)
+        config = StreamConfig.of(**asked)
+        return Streamer(checkpoint, groups, outside, config, HOST, faults=faults)
 
     def flip(self, tensor: str) -> None:
         """Change one byte of a tensor on disk, and pretend that nobody was there."""
@@ -147,7 +152,7 @@ def test_nothing_may_be_outside(source: Source, io: str) -> None:
     checkpoint, groups, _ = source.parts()
     outside = checkpoint.group("outside", [])
     config = StreamConfig.of(budget=2 * GROUP_BYTES, io=io, lookahead=1)
-    streamer = Streamer(checkpoint, groups, outside, config)
+    streamer = Streamer(checkpoint, groups, outside, config, HOST)
     run_pass(streamer, source)
     assert streamer.outside_arena.numel() == 0
     streamer.close()
@@ -184,7 +189,7 @@ def test_tensors_outlive_the_streamer(source: Source) -> None:
 @pytest.mark.parametrize("nbytes", [1, 4096, 100_000, 2 << 20, (2 << 20) + 1])
 @pytest.mark.parametrize("phase", [0, 64, 4032])
 def test_an_arena_begins_at_its_phase_of_a_page(nbytes: int, phase: int) -> None:
-    arena = streamer_module._allocate(nbytes, phase)
+    arena = HOST.allocate(nbytes, phase)
     assert arena.numel() == nbytes
     assert arena.data_ptr() % 4096 == phase
 
@@ -206,8 +211,8 @@ def test_auto_maps_what_is_cached_and_fits(
     source: Source, monkeypatch: pytest.MonkeyPatch, cached: float, available: float, io: str
 ) -> None:
     nbytes = source.path.stat().st_size
-    monkeypatch.setattr(streamer_module, "cached_bytes", lambda path: math.ceil(cached * nbytes))
-    monkeypatch.setattr(streamer_module, "available_bytes", lambda: int(available * nbytes))
+    monkeypatch.setattr(mode_module, "cached_bytes", lambda path: math.ceil(cached * nbytes))
+    monkeypatch.setattr(mode_module, "available_bytes", lambda: int(available * nbytes))
     streamer = source.stream(io="auto")
     stats = streamer.stats()
     assert stats.io_mode_requested == "auto"
@@ -220,7 +225,7 @@ def test_auto_maps_what_is_cached_and_fits(
 def test_a_kernel_that_cannot_tell_what_is_cached_means_direct(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streamer_module, "cached_bytes", lambda path: -1)
+    monkeypatch.setattr(mode_module, "cached_bytes", lambda path: -1)
     streamer = source.stream(io="auto")
     assert streamer.stats().io_mode != "mmap"
     streamer.close()
@@ -247,7 +252,7 @@ def test_every_figure_of_stats_is_filled(source: Source) -> None:
     streamer = source.stream(io="direct")
     stats = streamer.stats()
     for field in fields(Stats):
-        kind = {"int": int, "str": str, "float": float}[field.type]
+        kind = {"int": int, "str": str, "float": float, "bool": bool}[field.type]
         assert type(getattr(stats, field.name)) is kind, field.name
     streamer.close()
 
@@ -307,12 +312,12 @@ def test_a_disk_is_measured_only_when_something_streams(
         measured.append(args)
         return {"gbps": 2.0}
 
-    monkeypatch.setattr(streamer_module, "measure_read", measure)
+    monkeypatch.setattr(mode_module, "measure_read", measure)
     parts = source.parts()
-    everything = plan_groups(*parts, StreamConfig.of(budget="1GiB"))
+    everything, _ = plan_groups(*parts, StreamConfig.of(budget="1GiB"), HOST)
     assert everything.streamed == ()
     assert measured == []
-    tight = plan_groups(*parts, StreamConfig.of(budget=5 * GROUP_BYTES, lookahead=1))
+    tight, _ = plan_groups(*parts, StreamConfig.of(budget=5 * GROUP_BYTES, lookahead=1), HOST)
     assert len(measured) == 1
     assert tight.predicted_io_seconds == pytest.approx(tight.streamed_bytes / 2e9)
 
@@ -321,8 +326,8 @@ def test_an_automatic_budget_is_what_memory_allows(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     available = (1 << 30) + 5 * GROUP_BYTES
-    monkeypatch.setattr(streamer_module, "available_bytes", lambda: available)
-    plan = plan_groups(*source.parts(), StreamConfig.of(lookahead=1))
+    monkeypatch.setattr(device_module, "available_bytes", lambda: available)
+    plan, _ = plan_groups(*source.parts(), StreamConfig.of(lookahead=1), HOST)
     assert plan.budget_bytes == default_budget(available) == 5 * GROUP_BYTES
     assert plan.streamed
 
@@ -388,7 +393,7 @@ def test_digests_are_recorded_once(source: Source, tmp_path: Path) -> None:
         checkpoint, groups, outside = source.parts()
         config = StreamConfig.of(budget="1GiB", verify="first", io="direct")
         Streamer(
-            checkpoint, groups, outside, config, progress=lambda what, *_: told.append(what)
+            checkpoint, groups, outside, config, HOST, progress=lambda what, *_: told.append(what)
         ).close()
 
     stream()
@@ -519,7 +524,7 @@ def test_the_environment_says_whether_to_prefault(
 def test_auto_prefaults_what_fits_in_memory(
     source: Source, monkeypatch: pytest.MonkeyPatch, available: int, wanted: bool
 ) -> None:
-    monkeypatch.setattr(streamer_module, "available_bytes", lambda: available)
+    monkeypatch.setattr(device_module, "available_bytes", lambda: available)
     streamer = source.stream(io="mmap", prefault="auto")
     assert bool(wanted and prefaulted(streamer)) == wanted
     assert streamer.stats().prefault_reason.startswith("auto: ")
@@ -550,7 +555,7 @@ def aligned(source: Source) -> Source:
 def test_mapped_pages_are_given_back_only_where_they_do_not_fit(
     aligned: Source, monkeypatch: pytest.MonkeyPatch, available: int, drops: bool
 ) -> None:
-    monkeypatch.setattr(streamer_module, "available_bytes", lambda: available)
+    monkeypatch.setattr(mode_module, "available_bytes", lambda: available)
     streamer = aligned.stream(io="mmap", prefault="off")
     for _ in range(4):
         run_pass(streamer, aligned)

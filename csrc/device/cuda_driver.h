@@ -13,6 +13,7 @@ using CudaResult = int;
 using CudaAddress = unsigned long long;
 
 constexpr CudaResult kCudaSuccess = 0;
+constexpr CudaResult kCudaDeinitialized = 4;
 constexpr CudaResult kCudaNotReady = 600;
 
 struct CudaDriver {

@@ -58,9 +58,9 @@ void check_order(CudaResult result, const char* doing) {
 // For the way out, where nothing may throw: a call that fails is asked once more, unless the device
 // is lost. Nothing runs on a lost one.
 template <typename Call>
-bool insist(const Call& call) {
+CudaResult insist(const Call& call) {
   const CudaResult result = call();
-  return result == kCudaSuccess || (!is_fatal(result) && call() == kCudaSuccess);
+  return result == kCudaSuccess || is_fatal(result) ? result : call();
 }
 
 CudaAddress address_of(const std::byte* at) { return reinterpret_cast<CudaAddress>(at); }
@@ -85,9 +85,8 @@ class CudaDevice final : public Device {
     check(cuda_.cuMemHostRegister(memory.data(), memory.size(), kPortable), "pinning memory");
   }
   void unpin(std::byte* begin) noexcept override {
-    if (!insist([&] { return cuda_.cuCtxPushCurrent(context_); })) return;
-    insist([&] { return cuda_.cuMemHostUnregister(begin); });
-    leave();
+    const LastScope scope(*this);
+    if (!scope.is_gone()) insist([&] { return cuda_.cuMemHostUnregister(begin); });
   }
 
   Lane make_lane() override {
@@ -166,6 +165,26 @@ class CudaDevice final : public Device {
     const CudaDevice& device_;
   };
 
+  // The same on the way out: of a lost device too things are given back, but at the end of the
+  // process the driver may have gone before us. It says so, and then there is nothing left to give
+  // back.
+  class LastScope {
+   public:
+    explicit LastScope(const CudaDevice& device)
+        : device_(device),
+          result_(insist([&] { return device.cuda_.cuCtxPushCurrent(device.context_); })) {}
+    ~LastScope() {
+      if (result_ == kCudaSuccess) device_.leave();
+    }
+    LastScope(const LastScope&) = delete;
+    LastScope& operator=(const LastScope&) = delete;
+    bool is_gone() const { return result_ == kCudaDeinitialized; }
+
+   private:
+    const CudaDevice& device_;
+    const CudaResult result_;
+  };
+
   void leave() const noexcept {
     void* popped = nullptr;
     cuda_.cuCtxPopCurrent(&popped);
@@ -180,13 +199,14 @@ class CudaDevice final : public Device {
   std::vector<void*> events_;
 };
 
-// At exit the driver may have gone before us. It says so, and then there is nothing left to free.
 CudaDevice::~CudaDevice() {
-  if (!insist([&] { return cuda_.cuCtxPushCurrent(context_); })) return;
-  for (void* event : events_) cuda_.cuEventDestroy(event);
-  for (void* stream : streams_) cuda_.cuStreamDestroy(stream);
-  leave();
-  cuda_.cuDevicePrimaryCtxRelease(device_);
+  {
+    const LastScope scope(*this);
+    if (scope.is_gone()) return;
+    for (void* event : events_) insist([&] { return cuda_.cuEventDestroy(event); });
+    for (void* stream : streams_) insist([&] { return cuda_.cuStreamDestroy(stream); });
+  }
+  insist([&] { return cuda_.cuDevicePrimaryCtxRelease(device_); });
 }
 
 Lane CudaDevice::current() {
@@ -209,14 +229,14 @@ Lane CudaDevice::current() {
 }
 
 void CudaDevice::drain() noexcept {
-  if (!insist([&] { return cuda_.cuCtxPushCurrent(context_); })) return;
+  const LastScope scope(*this);
+  if (scope.is_gone()) return;
   const auto settle = [this](void* stream) {
     insist([&] { return cuda_.cuStreamSynchronize(stream); });
   };
   for (void* stream : streams_) settle(stream);
   void* stream = nullptr;
   if (cuda_.current_stream(index_, &stream) == 0) settle(stream);
-  leave();
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ class Staging {
   std::byte* slot(int index) const { return base_ + index * stride_; }
   std::span<std::byte> memory() const { return {base_, static_cast<size_t>(nbytes_)}; }
   int64_t nbytes() const { return nbytes_; }
+  int64_t stride() const { return stride_; }
   int num_slots() const { return static_cast<int>(nbytes_ / stride_); }
 
  private:

@@ -23,6 +23,7 @@ class Ggml {
   // As Nibbles::decode.
   void decode(int64_t first, int64_t count, Float to, bool past_cache, std::byte* out) const;
   int64_t unit() const { return kGgmlBlock; }
+  int64_t packed_bytes(int64_t numel) const { return numel / kGgmlBlock * block_bytes(); }
 
  private:
   const uint8_t* blocks_;

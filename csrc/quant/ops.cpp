@@ -19,6 +19,7 @@
 
 #include "common/align.h"
 #include "common/error.h"
+#include "common/range.h"
 #include "common/recycler.h"
 #include "quant/encode.h"
 #include "quant/ggml.h"
@@ -176,6 +177,7 @@ std::byte* memory_of(const Tensor& tensor) {
 // All of a weight, by all threads.
 template <typename Weight>
 void decode_all(const Weight& weight, int64_t numel, Float to, std::byte* out) {
+  const Range range("dequantize", weight.packed_bytes(numel));
   const int64_t unit = std::max(weight.unit(), kGrain);
   const bool past_cache = numel * size_of(to) >= kPastCacheBytes;
   torch::stable::parallel_for(0, num_blocks(numel, unit), 1, [&](int64_t begin, int64_t end) {
@@ -247,9 +249,8 @@ Tensor dequantize_ggml(const Tensor& blocks, std::string kind, Ints shape, Scala
   const Ggml weight(static_cast<const uint8_t*>(blocks.const_data_ptr()), kind);
   const int64_t numel = product(shape);
   const int64_t nbytes = blocks.numel() * static_cast<int64_t>(blocks.element_size());
-  require(blocks.is_contiguous() && numel % kGgmlBlock == 0 &&
-              nbytes == numel / kGgmlBlock * weight.block_bytes(),
-          numel, " elements of ", kind, " take ", numel / kGgmlBlock * weight.block_bytes(),
+  require(blocks.is_contiguous() && numel % kGgmlBlock == 0 && nbytes == weight.packed_bytes(numel),
+          numel, " elements of ", kind, " take ", weight.packed_bytes(numel),
           " contiguous bytes, got ", nbytes, "; the shape is that of another weight.");
   return decoded(weight, shape, dtype);
 }

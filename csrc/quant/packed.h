@@ -30,6 +30,8 @@ class Nibbles {
   void decode(int64_t first, int64_t count, Float to, bool past_cache, std::byte* out) const;
   // What ranges must begin at.
   int64_t unit() const { return blocksize_; }
+  // Bytes of the codes of so many elements.
+  int64_t packed_bytes(int64_t numel) const { return (numel + 1) / 2; }
 
   // Whether `dots` can take rows of this width.
   bool has_dots(int64_t width, Float type) const;
@@ -54,6 +56,7 @@ class Bytes {
   // As Nibbles; may begin anywhere.
   void decode(int64_t first, int64_t count, Float to, bool past_cache, std::byte* out) const;
   int64_t unit() const { return 1; }
+  int64_t packed_bytes(int64_t numel) const { return numel; }
   bool has_dots(int64_t, Float) const { return false; }
   void dots(int64_t, int64_t, int64_t, const std::byte*, int64_t, float*) const {}
 

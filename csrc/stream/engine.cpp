@@ -207,7 +207,8 @@ void Engine::make_ring() {
   for (int count = wanted; count >= kFewestSlots; count /= 2) {
     staging_ = std::make_unique<Staging>(count, largest_slot);
     try {
-      staging_lock_ = std::make_unique<PinnedLock>(*device_, staging_->memory());
+      staging_lock_ =
+          std::make_unique<PinnedLock>(*device_, staging_->memory(), staging_->stride());
       return;
     } catch (const DeviceLost&) {
       throw;
@@ -501,6 +502,7 @@ void Engine::await(std::unique_lock<std::mutex>& lock, int group) {
   if (expect(group)) return;
   Arena& arena = arena_of(group);
   ++counters_.num_waits;
+  const Range range("wait", group_at(group).nbytes);
   const Clock::time_point began = Clock::now();
   bool gives_up = false;
   while (arena.group == group && arena.state == State::kLoading && !is_over() && !gives_up) {
@@ -590,7 +592,11 @@ void Engine::accept(Arena& arena) {
   if (group.ram != nullptr) {
     counters_.num_ram_loads += group.ram->is_filled;
     group.ram->is_filled = true;
-    copy_to_device(arena, group.ram->data(), 0, group.nbytes);
+    for (int64_t offset = 0; offset < group.nbytes;) {
+      const int64_t nbytes = std::min(group.nbytes - offset, group.ram->num_together(offset));
+      copy_to_device(arena, group.ram->data() + offset, offset, nbytes);
+      offset += nbytes;
+    }
   }
   device_->record(arena.ready, arena.lane);
   arena.state = State::kLanded;
@@ -599,6 +605,7 @@ void Engine::accept(Arena& arena) {
 }
 
 void Engine::copy_to_device(Arena& arena, const std::byte* host, int64_t offset, int64_t nbytes) {
+  const Range range("copy", nbytes);
   ++counters_.num_copies;
   counters_.bytes_copied += nbytes;
   device_->copy(arena.lane, arena.memory.data + offset, host, nbytes);

@@ -40,6 +40,7 @@
 #include <thread>
 #include <vector>
 
+#include "common/range.h"
 #include "device/device.h"
 #include "io/fault.h"
 #include "io/file.h"
@@ -156,6 +157,7 @@ class Engine {
     bool is_reading = false;
     bool holds_bytes = false;  // the slot is all there is until they are hashed
     Event copied;              // out of the slot
+    AsyncRange range;          // of the read
     int arena = -1;
     int group = -1;
     uint64_t generation = 0;

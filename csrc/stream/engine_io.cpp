@@ -201,6 +201,7 @@ void Engine::start(Chunk& chunk) {
   chunk.request.buffer = window_of(chunk) + chunk.num_read;
   ++counters_.num_reads;
   ++num_in_flight_;
+  chunk.range = AsyncRange("read", chunk.request.nbytes);
   rung_.reader->submit(&chunk.request);
 }
 
@@ -231,6 +232,7 @@ std::byte* Engine::window_of(const Chunk& chunk) const {
 
 // A read came back: continue it, land it, or give the load up.
 void Engine::complete(Chunk& chunk, std::unique_lock<std::mutex>& lock) {
+  chunk.range.end();
   Arena& arena = arenas_[static_cast<size_t>(chunk.arena)];
   const bool is_wanted = is_current(chunk);
   std::string error;
@@ -300,6 +302,7 @@ void Engine::land_piece(Chunk& chunk, std::unique_lock<std::mutex>& lock) {
   }
   const Unlocked open(lock);
   if (landing != nullptr && piece.staged) {
+    const Range range("copy", piece.nbytes);
     std::memcpy(landing + piece.group_offset, bytes, static_cast<size_t>(piece.nbytes));
     bytes = landing + piece.group_offset;
   }

@@ -8,8 +8,8 @@ namespace nexus {
 namespace {
 
 constexpr int64_t kPageBytes = 4096;
-// One call that locks much stops every other call of the driver meanwhile.
-constexpr int64_t kLockBytes = 256 << 20;
+// Of one part, about.
+constexpr int64_t kPartBytes = 256 << 20;
 // Fresh pages are zeroed by the kernel: more threads are as fast as memory from here on.
 constexpr int kMostThreads = 8;
 constexpr int64_t kTouchBytes = 4 << 20;
@@ -39,13 +39,14 @@ void touch_parallel(std::span<std::byte> memory) {
 
 }  // namespace
 
-PinnedLock::PinnedLock(Device& device, std::span<std::byte> memory) : device_(device) {
+PinnedLock::PinnedLock(Device& device, std::span<std::byte> memory, int64_t unit_bytes)
+    : device_(device) {
   touch_parallel(memory);
+  const auto part = static_cast<size_t>(std::max<int64_t>(1, kPartBytes / unit_bytes) * unit_bytes);
   try {
-    for (size_t begin = 0; begin < memory.size(); begin += kLockBytes) {
-      const size_t nbytes = std::min<size_t>(kLockBytes, memory.size() - begin);
-      device_.pin(memory.subspan(begin, nbytes));
-      chunks_.push_back(memory.data() + begin);
+    for (size_t begin = 0; begin < memory.size(); begin += part) {
+      device_.pin(memory.subspan(begin, std::min(part, memory.size() - begin)));
+      parts_.push_back(memory.data() + begin);
     }
   } catch (...) {
     unlock();
@@ -56,8 +57,8 @@ PinnedLock::PinnedLock(Device& device, std::span<std::byte> memory) : device_(de
 PinnedLock::~PinnedLock() { unlock(); }
 
 void PinnedLock::unlock() noexcept {
-  for (std::byte* chunk : chunks_) device_.unpin(chunk);
-  chunks_.clear();
+  for (std::byte* part : parts_) device_.unpin(part);
+  parts_.clear();
 }
 
 }  // namespace nexus

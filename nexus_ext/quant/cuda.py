@@ -7,6 +7,7 @@ once; GGUF) is the reference's PyTorch.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from nexus_ext.errors import MissingExtra
+from nexus_ext.profiling import annotate
 from nexus_ext.quant import reference
 
 __all__ = ["FUSED_ROWS", "KERNELS"]
@@ -58,7 +60,8 @@ def dequantize_nf4_out(
     out: torch.Tensor,
 ) -> None:
     nf4, _ = _kernels()
-    nf4.dequantize(_bytes(q), absmax, _code(q, code), blocksize, out)
+    with annotate("dequantize", q):
+        nf4.dequantize(_bytes(q), absmax, _code(q, code), blocksize, out)
 
 
 def dequantize_nf4(
@@ -89,17 +92,18 @@ def dequantize_nf4_nested_out(
     out: torch.Tensor,
 ) -> None:
     nf4, _ = _kernels()
-    nf4.dequantize_nested(
-        _bytes(q),
-        absmax,
-        nested_absmax,
-        nested_code,
-        nested_offset,
-        nested_blocksize,
-        _code(q, code),
-        blocksize,
-        out,
-    )
+    with annotate("dequantize", q):
+        nf4.dequantize_nested(
+            _bytes(q),
+            absmax,
+            nested_absmax,
+            nested_code,
+            nested_offset,
+            nested_blocksize,
+            _code(q, code),
+            blocksize,
+            out,
+        )
 
 
 def dequantize_nf4_nested(
@@ -145,16 +149,17 @@ def dequantize_nf4_grouped(
 ) -> torch.Tensor:
     nf4, _ = _kernels()
     out = arena.new_empty([num_units, *unit_shape], dtype=dtype)
-    nf4.dequantize_grouped(
-        arena,
-        offsets,
-        nested_code,
-        nested_offsets,
-        _code(arena, code),
-        blocksize,
-        nested_blocksize,
-        out,
-    )
+    with annotate("dequantize", num_units * ((math.prod(unit_shape) + 1) // 2)):
+        nf4.dequantize_grouped(
+            arena,
+            offsets,
+            nested_code,
+            nested_offsets,
+            _code(arena, code),
+            blocksize,
+            nested_blocksize,
+            out,
+        )
     return out
 
 
@@ -167,7 +172,8 @@ def dequantize_int8_out(
     out: torch.Tensor,
 ) -> None:
     _, int8 = _kernels()
-    int8.dequantize(q, scale.reshape(len(q), -1), divisor, out)
+    with annotate("dequantize", q):
+        int8.dequantize(q, scale.reshape(len(q), -1), divisor, out)
 
 
 def dequantize_int8(

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -53,6 +53,12 @@ class PackedWeight:
     def names(self) -> set[str]:
         """Every tensor of the checkpoint that belongs to this weight."""
         return {*self.parts.values(), *self.read}
+
+    def on(self, device: torch.device) -> PackedWeight:
+        """The same with its constants there."""
+        return replace(
+            self, constants={part: tensor.to(device) for part, tensor in self.constants.items()}
+        )
 
 
 class PackedWeights:
