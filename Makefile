@@ -20,6 +20,8 @@ endif
 CONSTRAINT := $(VENV)/torch-constraint.txt
 # Twice quiet shows errors, a failed build's whole output included, and no warnings.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --constraint $(CONSTRAINT)
+# What it declares besides is a CUDA toolkit, which its reads do not need.
+KVIKIO := kvikio-cu13 libkvikio-cu13 rapids-logger nvidia-cufile cuda-pathfinder
 CSRC := $(sort $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu'))
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 STAMP := $(VENV)/.nexus-setup
@@ -37,6 +39,7 @@ $(STAMP): pyproject.toml setup.py $(CSRC) | $(BIN)/python
 	$(PIP_INSTALL) '$(TORCH)'
 	$(PIP_INSTALL) 'setuptools>=77' wheel ninja nvidia-nvtx
 	$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	$(PIP_INSTALL) --no-deps $(KVIKIO)
 	touch $@
 
 build: setup

@@ -205,6 +205,28 @@ Tensor engine_map(int64_t engine, int64_t file, int64_t offset, int64_t nbytes) 
                                   [pages](void*) mutable { pages.reset(); });
 }
 
+// Null once the engine was closed: to those who serve it that is no error.
+std::shared_ptr<ExternalReader> external_of(int64_t engine) {
+  const std::shared_ptr<Engine> found = find_engine_in_service(engine);
+  return found == nullptr ? nullptr : found->external();
+}
+
+Ints external_take(int64_t engine) {
+  const auto reader = external_of(engine);
+  const auto order = reader == nullptr ? std::nullopt : reader->take();
+  if (!order) return {};
+  return {order->ticket, order->file, order->offset, order->nbytes,
+          reinterpret_cast<int64_t>(order->buffer)};
+}
+
+void external_answer(int64_t engine, int64_t ticket, int64_t result, std::string text) {
+  if (const auto reader = external_of(engine)) reader->answer(ticket, result, text);
+}
+
+void external_abandon(int64_t engine, std::string reason) {
+  if (const auto reader = external_of(engine)) reader->abandon(reason);
+}
+
 std::string engine_stats(int64_t engine) { return find_engine(engine)->stats(); }
 
 void engine_close(int64_t engine) {
@@ -345,6 +367,11 @@ STABLE_TORCH_LIBRARY(nexus, m) {
       "engine_read_rows(Tensor(a!) out, Tensor rows, int engine, int file, int offset, "
       "int row_bytes, int num_rows) -> ()");
   m.def("engine_map(int engine, int file, int offset, int nbytes) -> Tensor");
+  // Mode "gds": the next read into device memory, as ticket, file, offset, nbytes and address;
+  // blocks. Nothing when there will be none. Bytes read, or -errno and a text, answer it.
+  m.def("external_take(int engine) -> int[]");
+  m.def("external_answer(int engine, int ticket, int result, str text) -> ()");
+  m.def("external_abandon(int engine, str reason) -> ()");
   m.def("engine_stats(int engine) -> str");
   m.def("engine_close(int engine) -> ()");
 
@@ -385,6 +412,9 @@ STABLE_TORCH_LIBRARY_IMPL(nexus, CompositeExplicitAutograd, m) {
   m.impl("engine_end_pass", TORCH_BOX(&nexus::engine_end_pass));
   m.impl("engine_prefault", TORCH_BOX(&nexus::engine_prefault));
   m.impl("engine_map", TORCH_BOX(&nexus::engine_map));
+  m.impl("external_take", TORCH_BOX(&nexus::external_take));
+  m.impl("external_answer", TORCH_BOX(&nexus::external_answer));
+  m.impl("external_abandon", TORCH_BOX(&nexus::external_abandon));
   m.impl("engine_stats", TORCH_BOX(&nexus::engine_stats));
   m.impl("engine_close", TORCH_BOX(&nexus::engine_close));
   m.impl("use_codec", TORCH_BOX(&nexus::use_codec));

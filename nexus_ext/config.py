@@ -17,7 +17,7 @@ from nexus_ext.memory import parse_bytes
 
 __all__ = ["IoMode", "Prefault", "StreamConfig", "Verify", "home_folder"]
 
-IoMode = Literal["auto", "direct", "buffered", "mmap"]
+IoMode = Literal["auto", "direct", "buffered", "mmap", "gds"]
 Verify = Literal["off", "first", "always"]
 Prefault = Literal["auto", "on", "off"]
 
@@ -33,7 +33,8 @@ class StreamConfig:
         budget: Bytes of device memory for weights ("1GiB", 2**30), or "auto": what is free, less
             a reserve.
         io: "direct" bypasses the page cache; "buffered" passes through it and leaves nothing
-            behind; "mmap" lives in it; "auto" looks at the cache and at free memory.
+            behind; "mmap" lives in it; "gds" reads into a GPU's memory through kvikio; "auto" looks
+            at the cache, at free memory and at what kvikio can do.
         lookahead: Groups fetched ahead of the one in use, or "auto".
         ram_budget: Bytes of host memory for staging and, when weights stream to a GPU, for groups
             that stay in page-locked RAM; or "auto": 24 chunks, and on a GPU half of what is free.

@@ -192,6 +192,22 @@ class Engine:
         pages: torch.Tensor = ops.call(native.engine_map, self.handle, file, offset, nbytes)
         return pages
 
+    def take_read(self) -> list[int]:
+        """Mode "gds": the next read into device memory: ticket, file, offset, nbytes, address.
+
+        Blocks until there is one; empty once there will be none.
+        """
+        taken: list[int] = native.external_take(self.handle)
+        return taken
+
+    def answer_read(self, ticket: int, result: int, text: str) -> None:
+        """Bytes read, 0 at the end of the file, or -errno and what was wrong."""
+        native.external_answer(self.handle, ticket, result, text)
+
+    def abandon_reads(self, reason: str) -> None:
+        """Nobody serves them any more, or writes into the buffer of one that was taken."""
+        native.external_abandon(self.handle, reason)
+
     def stats(self) -> dict[str, Any]:
         """Effective modes and counters; see `nexus_ext.profiling.Stats`."""
         report: dict[str, Any] = json.loads(ops.call(native.engine_stats, self.handle))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from nexus_ext import gds
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.config import StreamConfig
 from nexus_ext.device import Device
@@ -66,7 +67,7 @@ def choose(
     io: str = config.io
     reason = "asked for"
     if config.io == "auto":
-        io, reason = _choose_io(checkpoint, nbytes, available)
+        io, reason = _choose_io(checkpoint, device, available)
     # Pages that fit in memory may stay: the next pass finds them.
     keeps_pages = io == "mmap" and should_prefault("auto", nbytes, available)[0]
     mode = ReadMode(
@@ -90,13 +91,18 @@ def choose(
     return Choice(mode, reason, rates, _ram_bytes(mode, config, available))
 
 
-def _choose_io(checkpoint: Checkpoint, nbytes: int, available: int) -> tuple[str, str]:
+def _choose_io(checkpoint: Checkpoint, device: Device, available: int) -> tuple[str, str]:
+    nbytes = sum(file.stamp.size for file in checkpoint.files)
     cached = sum(max(0, cached_bytes(str(file.path))) for file in checkpoint.files)
     fits, _ = should_prefault("auto", nbytes, available)
     share = f"{format_bytes(cached)} of {format_bytes(nbytes)} are in the page cache"
     if fits and cached >= _MOSTLY_CACHED * nbytes:
         return "mmap", f"auto: {share} and all of it fits in free memory"
-    return "direct", f"auto: {share}, {format_bytes(available)} are free"
+    reason = f"auto: {share}, {format_bytes(available)} are free"
+    if device.is_host:
+        return "direct", reason
+    can_gds, why_not = gds.available()
+    return ("gds", reason) if can_gds else ("direct", f"{reason}; no GPUDirect Storage: {why_not}")
 
 
 def _slot_bytes(mode: ReadMode) -> int:
@@ -119,7 +125,9 @@ def _within_ram_budget(mode: ReadMode, config: StreamConfig) -> ReadMode:
 
 
 def _disk_rate(path: str, mode: ReadMode) -> float:
-    return float(measure_read(path, mode, _RATE_PROBE_BYTES)["gbps"]) * 1e9
+    # The disk's own rate: what lands on a GPU directly comes no faster.
+    direct = replace(mode, io="direct" if mode.io == "gds" else mode.io)
+    return float(measure_read(path, direct, _RATE_PROBE_BYTES)["gbps"]) * 1e9
 
 
 def _measure_link(device: Device, config: StreamConfig) -> tuple[float, int]:

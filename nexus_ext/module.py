@@ -253,6 +253,8 @@ def _move_the_rest(model: nn.Module, where: torch.device) -> None:
         for parameter in module._parameters.values():
             if parameter is not None and not parameter.is_meta:
                 parameter.data = parameter.data.to(where)
+                if parameter.grad is not None:
+                    parameter.grad.data = parameter.grad.data.to(where)
 
 
 def _placed(

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
-import nvtx
 import torch
 from torch.compiler import is_compiling
 
@@ -21,9 +20,15 @@ _NOTHING = nullcontext()
 
 
 @functools.cache
-def _is_attached() -> bool:
-    """Whether a tool wants our ranges: it is there when the process begins, or never."""
-    return isinstance(nvtx.get_domain("nexus"), nvtx.Domain)
+def _tool() -> Any:
+    """The package nvtx if a tool wants our ranges: it is there when the process begins, or never.
+    Who has no such package has no use for ranges.
+    """
+    try:
+        import nvtx
+    except ImportError:
+        return None
+    return nvtx if isinstance(nvtx.get_domain("nexus"), nvtx.Domain) else None
 
 
 def annotate(name: str, nbytes: int | torch.Tensor) -> AbstractContextManager[object]:
@@ -33,13 +38,10 @@ def annotate(name: str, nbytes: int | torch.Tensor) -> AbstractContextManager[ob
     being compiled, where a range would break the graph or measure the tracing; a tensor is not
     asked for its bytes then, which may be symbols.
     """
-    if is_compiling() or not _is_attached():
+    if is_compiling() or (nvtx := _tool()) is None:
         return _NOTHING
     payload = nbytes if isinstance(nbytes, int) else nbytes.nbytes
-    annotation: AbstractContextManager[object] = nvtx.annotate(
-        name, domain="nexus", payload=payload
-    )
-    return annotation
+    return nvtx.annotate(name, domain="nexus", payload=payload)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
 
 import torch
 
@@ -19,6 +20,7 @@ from nexus_ext.config import StreamConfig, home_folder, poisons_freed_arenas
 from nexus_ext.device import Device
 from nexus_ext.digests import recorded_digests
 from nexus_ext.engine import Engine, Faults, ReadMode
+from nexus_ext.gds import GdsServer
 from nexus_ext.memory import available_bytes, default_budget, should_prefault
 from nexus_ext.mode import DEFAULT_DEPTH, Choice, choose
 from nexus_ext.plan import Plan, make_plan
@@ -102,16 +104,19 @@ class Streamer:
             poison=poisons_freed_arenas(),
             faults=faults,
         )
+        self._gds: GdsServer | None = None
         try:
             self._start(choice.mode)
         except BaseException:
-            self.engine.close()
+            self._stop()
             raise
 
     def _start(self, mode: ReadMode) -> None:
         if mode.io == "mmap":
             self._prefault()
         self._arenas, self._arena_of = self._allocate(mode)
+        if mode.io == "gds":
+            self._gds = self._open_gds()
         self.engine.attach(
             self._arenas,
             self._everything,
@@ -122,6 +127,8 @@ class Streamer:
             brief=self._tile_range,
             in_ram=[group + 1 for group in self.plan.in_ram],
         )
+        if self._gds is not None:
+            self._gds.start()
         if self.config.verify != "off":
             self._verify()
         self._wait_for_residents()
@@ -204,6 +211,7 @@ class Streamer:
         return Stats.of(
             {
                 **self.engine.stats(),
+                **self._gds_stats(),
                 "io_mode_requested": self.config.io,
                 "io_reason": self._reason,
                 "prefault_reason": self._prefault_reason,
@@ -221,7 +229,13 @@ class Streamer:
         self.is_closed = True
         for thing in self._by_rows:
             forget(thing)
+        self._stop()
+
+    def _stop(self) -> None:
         self.engine.close()
+        # Its reads end with the engine's; then nobody writes into arenas any more.
+        if self._gds is not None:
+            self._gds.close()
 
     # -- setting up --------------------------------------------------------------------------
 
@@ -257,6 +271,23 @@ class Streamer:
         for index, number in enumerate(self._tile_range):
             arena_of[number] = first + index % len(tile_arenas)
         return arenas, [arena_of[number] for number in range(len(self._everything))]
+
+    def _open_gds(self) -> GdsServer:
+        files = self._checkpoint.files
+        return GdsServer(
+            [file.path for file in files],
+            [astuple(file.stamp) for file in files],
+            self._arenas,
+            self.engine.take_read,
+            self.engine.answer_read,
+            self.engine.abandon_reads,
+        )
+
+    def _gds_stats(self) -> dict[str, str]:
+        """What reads into device memory really do."""
+        if self._gds is None:
+            return {}
+        return {"io_mode": self._gds.mode, "refusal": self._gds.reason or self._gds.refusal}
 
     def _phase_for(self, mode: ReadMode, groups: Sequence[Group]) -> int:
         """Where reads land in place, where in a page it is matters."""

@@ -93,6 +93,26 @@ def sim_gpu(_simulator: Any) -> Iterator[Any]:
     _simulator.reset()
 
 
+@pytest.fixture(scope="session")
+def kept_gpu(request: pytest.FixtureRequest) -> Any:
+    """A GPU for libraries that keep handles: nobody resets it."""
+    if SIMULATED_DRIVER is None:
+        return _load_beside("gpus").RealGpu()
+    made = _load_beside("gpus").SimGpu(request.getfixturevalue("_simulator"))
+    made.reset()
+    made.retain()
+    made.sim.set_inline_current(True)
+    return made
+
+
+@pytest.fixture
+def bench(gpu: Any, lab: Any) -> Iterator[Any]:
+    """Makes engines on the GPU; see tests/simcuda/rigs.py."""
+    made = _load_beside("rigs").Bench(gpu, lab)
+    yield made
+    made.close()
+
+
 @pytest.fixture
 def gpu(request: pytest.FixtureRequest) -> Any:
     """The simulated GPU where there is one, else the real one."""

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "digests": {"checkpoint"},
     "engine": {"checkpoint", "ops"},
     "device": {"errors", "memory"},
-    "mode": {"checkpoint", "config", "device", "engine", "errors", "memory", "plan"},
+    "mode": {"checkpoint", "config", "device", "engine", "errors", "gds", "memory", "plan"},
     "rows": {"checkpoint", "engine", "errors", "ops"},
     "gds": {"errors"},
     "streamer": {
@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         "device",
         "digests",
         "engine",
+        "gds",
         "memory",
         "mode",
         "plan",

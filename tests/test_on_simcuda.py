@@ -1,6 +1,6 @@
 """Runs the GPU's tests on the simulated driver, each file in a process of its own.
 
-A process that has the simulated libcuda.so.1 must not be mistaken for one with a GPU: hence another.
+What has loaded the simulated libcuda.so.1 would pass for a process with a GPU: hence another.
 """
 
 from __future__ import annotations

@@ -42,14 +42,15 @@ Rung prepare_files(const std::vector<std::unique_ptr<File>>& files, const ReadMo
   rung.io = mode.io;
   if (mode.io == "mmap") {
     for (const auto& file : files) file->enable_mapping();
-  } else if (mode.io == "direct") {
+  } else if (mode.io == "direct" || mode.io == "gds") {
     for (const auto& file : files) {
       if (file->enable_direct()) continue;
-      rung.io = "buffered";
+      if (mode.io == "direct") rung.io = "buffered";
       rung.refusal = concat("O_DIRECT is refused for ", file->path(), ": ", file->refusal());
     }
   } else if (mode.io != "buffered") {
-    fail("ConfigError", "io must be \"direct\", \"buffered\" or \"mmap\", got \"", mode.io, "\".");
+    fail("ConfigError", "io must be \"direct\", \"buffered\", \"mmap\" or \"gds\", got \"", mode.io,
+         "\".");
   }
   return rung;
 }
@@ -59,7 +60,7 @@ void make_reader(Rung& rung, const ReadMode& mode, const Buffers& buffers) {
     rung.reader = make_mmap_reader(depth_or(mode, kMmapDepth), mode.trailing_drop);
     return;
   }
-  if (rung.io == "direct" && mode.allow_uring) {
+  if (rung.io != "buffered" && mode.allow_uring) {
     rung.reader = make_uring_reader(depth_or(mode, kUringDepth), buffers, rung.refusal);
     if (rung.reader != nullptr) return;
   }

@@ -13,7 +13,7 @@ namespace nexus {
 
 // What the caller asks for.
 struct ReadMode {
-  std::string io = "direct";  // "direct" | "buffered" | "mmap"
+  std::string io = "direct";  // "direct" | "buffered" | "mmap" | "gds"
   bool allow_uring = true;    // false: pread threads also where io_uring works
   bool trailing_drop = true;  // leave no pages behind (buffered, mmap)
   int depth = 0;              // requests in flight; 0: the reader's default
@@ -33,7 +33,8 @@ struct Rung {
 // Makes the files ready for the mode, stepping down file by file; returns the effective mode.
 Rung prepare_files(const std::vector<std::unique_ptr<File>>& files, const ReadMode& mode);
 
-// Fills in the reader. `buffers` is memory worth registering with the kernel.
+// Fills in the reader; of "gds" that for host memory. `buffers` is memory worth registering with
+// the kernel.
 void make_reader(Rung& rung, const ReadMode& mode, const Buffers& buffers);
 
 }  // namespace nexus

@@ -16,6 +16,7 @@
 #include "common/json.h"
 #include "common/unlocked.h"
 #include "io/page_cache.h"
+#include "io/reader_split.h"
 
 namespace nexus {
 namespace {
@@ -38,6 +39,10 @@ constexpr int kRowDepth = 8;
 constexpr const char* kOneThread =
     "One streamed model runs in one thread at a time; another thread began a pass in the middle of "
     "this one, whose weights may have been overwritten. Serialise the calls.";
+
+// What a disk that writes into a device's memory wants: pages of the file. Where their place on the
+// device begins in mid-page it is slower, and as right.
+constexpr Alignment kDeviceAlignment = {.memory = 1, .offset = 4096};
 
 // One that is read into, one that is copied from, one that is waited for.
 constexpr int kFewestSlots = 3;
@@ -80,6 +85,10 @@ Engine::Engine(std::vector<std::unique_ptr<File>> files, std::unique_ptr<Device>
       options_(std::move(options)),
       device_(std::move(device)) {
   rung_ = prepare_files(files_, options_.mode);
+  if (rung_.io == "gds" && device_->is_host()) {
+    fail("ConfigError",
+         "io=\"gds\" reads into the memory of a GPU; the device is \"cpu\". Use io=\"direct\".");
+  }
 }
 
 Engine::~Engine() { close(); }
@@ -157,7 +166,8 @@ void Engine::cut_group(Group& group) {
   group.files.clear();
   for (const Extent& extent : group.extents) {
     const File& file = *files_[static_cast<size_t>(extent.file)];
-    cut(extent, landing, file.alignment(), options_.mode.chunk_bytes, group.pieces);
+    const Alignment& alignment = lands_on_device(group) ? kDeviceAlignment : file.alignment();
+    cut(extent, landing, alignment, options_.mode.chunk_bytes, group.pieces);
     if (std::find(group.files.begin(), group.files.end(), extent.file) == group.files.end()) {
       group.files.push_back(extent.file);
     }
@@ -185,6 +195,7 @@ void Engine::open_reader() {
     buffers.push_back(staging_->memory());
   }
   make_reader(rung_, options_.mode, buffers);
+  if (rung_.io == "gds") make_external();
   if (options_.has_faults) {
     rung_.reader = make_faulty_reader(std::move(rung_.reader), options_.faults, &fault_counts_);
   }
@@ -195,10 +206,25 @@ void Engine::open_reader() {
   for (Chunk& chunk : chunks_) chunk.copied = device_->make_event();
 }
 
+// What lands on the device is read by somebody else, the rest as ever.
+void Engine::make_external() {
+  std::vector<const File*> files;
+  for (const auto& file : files_) files.push_back(file.get());
+  external_ = std::make_shared<ExternalReader>(rung_.reader->depth(), "gds", std::move(files));
+  rung_.reader =
+      make_split_reader(std::move(rung_.reader), external_, [this](const std::byte* buffer) {
+        return std::ranges::any_of(arenas_, [buffer](const Arena& arena) {
+          const std::byte* begin = arena.memory.data;
+          return std::less_equal<>()(begin, buffer) &&
+                 std::less<>()(buffer, begin + arena.memory.nbytes);
+        });
+      });
+}
+
 // As large as it was asked for, if the device takes it; else smaller, else not page-locked: slower,
 // but never an error.
 void Engine::make_ring() {
-  int64_t largest_slot = 0;
+  int64_t largest_slot = slot_bytes(kDeviceAlignment, options_.mode.chunk_bytes);
   for (const auto& file : files_) {
     largest_slot = std::max(largest_slot, slot_bytes(file->alignment(), options_.mode.chunk_bytes));
   }
@@ -489,9 +515,10 @@ bool Engine::expect(int group) {
   Arena& arena = arena_of(group);
   const bool was_expected =
       arena.group == group && (arena.state == State::kLoading || arena.state == State::kLanded);
-  const bool is_there = arena.group == group && arena.state == State::kLanded;
-  if (is_there) ++(group_at(group).is_streamed ? counters_.num_hits : counters_.num_resident_hits);
   if (!was_expected) begin(arena, group);
+  // From RAM it is there at once.
+  const bool is_there = arena.state == State::kLanded;
+  if (is_there) ++(group_at(group).is_streamed ? counters_.num_hits : counters_.num_resident_hits);
   if (!is_there) awaited_.push_back(group);
   schedule();
   return is_there;
@@ -772,6 +799,7 @@ void Engine::close() {
   }
   work_.notify_all();
   landed_.notify_all();
+  if (external_ != nullptr) external_->stop();
   if (thread_.joinable()) thread_.join();
   if (prefault_thread_.joinable()) prefault_thread_.join();
   // Arenas go back to their allocator, slots to the kernel: nothing may be on its way to either.

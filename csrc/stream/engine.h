@@ -45,6 +45,7 @@
 #include "io/fault.h"
 #include "io/file.h"
 #include "io/ladder.h"
+#include "io/reader_external.h"
 #include "io/rows.h"
 #include "io/staging.h"
 #include "stream/load.h"
@@ -121,6 +122,8 @@ class Engine {
   bool is_in_this_process() const;
 
   std::string stats() const;
+  // Of mode "gds": who serves the reads into device memory asks here. Null in other modes.
+  std::shared_ptr<ExternalReader> external() const { return external_; }
   // Every later call throws EngineClosed; callers that wait now are woken with it.
   void close();
 
@@ -191,6 +194,7 @@ class Engine {
   void add_group(const GroupSpec& spec);
   void cut_group(Group& group);
   void make_ring();
+  void make_external();
   void ask(std::unique_lock<std::mutex>& lock, int group, const std::byte* arena, Lane caller);
   void distrust_clone(Arena& arena, const Group& group);
   void open_reader();
@@ -244,8 +248,9 @@ class Engine {
   std::unique_ptr<Device> device_;
   std::unique_ptr<Staging> staging_;
   std::unique_ptr<PinnedLock> staging_lock_;
-  std::string pin_refusal_;          // why memory that should be is not page-locked
-  int64_t ram_bytes_ = 0;            // of groups that stay in RAM
+  std::string pin_refusal_;  // why memory that should be is not page-locked
+  int64_t ram_bytes_ = 0;    // of groups that stay in RAM
+  std::shared_ptr<ExternalReader> external_;
   std::unique_ptr<RowReader> rows_;  // made when the first row is asked for
   FaultCounts fault_counts_;
 

@@ -269,6 +269,7 @@ bool Engine::must_continue(Chunk& chunk, std::string& error) {
   }
   if (result <= 0) {
     error = read_error(file, piece, chunk.num_read, result);
+    if (result < 0 && external_ != nullptr) error += " " + external_->last_error();
     return false;
   }
   chunk.num_read += result;

@@ -29,6 +29,9 @@ constexpr GroupId unpack_group_id(int64_t id) {
 int64_t register_engine(std::shared_ptr<Engine> engine);
 // Throws EngineClosed for a number that is not, or no longer, an engine.
 std::shared_ptr<Engine> find_engine(int64_t handle);
+// For those who answer its reads: also one that is being closed, and waits for the last of them.
+// Null when there is none.
+std::shared_ptr<Engine> find_engine_in_service(int64_t handle);
 // Null when it was taken out before.
 std::shared_ptr<Engine> unregister_engine(int64_t handle);
 

@@ -1,12 +1,13 @@
 """A GPU for tests: the real one through torch, or the simulated one through its controls.
 
-Tests are written once. What a kernel does to an arena, `read` does: it reads it when its turn on the
+Tests are written once. What a kernel does to an arena, `read` does: it reads when its turn on the
 current stream comes, and not when it is called.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -71,31 +72,53 @@ class RealGpu(Gpu):
         torch.cuda.synchronize()
 
 
+class SimDevice(Device):
+    """What it allocates is declared to the simulator, and kept until the next reset."""
+
+    def __init__(self, sim: Any, declared: list[torch.Tensor], index: int = 0) -> None:
+        super().__init__(f"cuda:{index}", torch.device("cpu"))
+        object.__setattr__(self, "_sim", sim)
+        object.__setattr__(self, "_declared", declared)
+        object.__setattr__(self, "_index", index)
+
+    def allocate(self, nbytes: int, phase: int = 0) -> torch.Tensor:
+        memory = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8)
+        start = -memory.data_ptr() % PAGE + phase
+        made = memory[start : start + nbytes]
+        self._declared.append(made)  # type: ignore[attr-defined]
+        if nbytes:
+            self._sim.declare_device(made.data_ptr(), nbytes, self._index)  # type: ignore[attr-defined]
+        return made
+
+
 class SimGpu(Gpu):
     """The simulated one. Its device memory is host memory that was declared."""
 
     def __init__(self, sim: Any) -> None:
         self.sim = sim
-        self.device = Device("cuda:0", torch.device("cpu"))
         self._declared: list[torch.Tensor] = []
+        self.device = SimDevice(sim, self._declared)
         self._current: int | None = None
+
+    def second(self) -> Device:
+        """Another GPU."""
+        return SimDevice(self.sim, self._declared, index=1)
 
     def reset(self, seed: int = 0, max_delay_us: int = 0) -> None:
         """A new world. No engine may be open."""
         self.sim.reset(seed, max_delay_us)
         self._declared.clear()
-        # Engines retain it for themselves; this one is torch's.
         self._check("cuInit", 0)
         self._current = self.sim.create_stream()
         self.sim.set_default_stream(self._current)
 
+    def retain(self) -> None:
+        """Hold the primary context, as torch does; others look for one that is held."""
+        context = ctypes.c_void_p()
+        self._check("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
+
     def memory(self, nbytes: int, phase: int = 0) -> torch.Tensor:
-        memory = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8)
-        start = -memory.data_ptr() % PAGE + phase
-        made = memory[start : start + nbytes]
-        self._declared.append(made)
-        self.sim.declare_device(made.data_ptr(), nbytes)
-        return made
+        return self.device.allocate(nbytes, phase)
 
     def read(self, source: torch.Tensor) -> torch.Tensor:
         out = torch.zeros(source.shape, dtype=source.dtype)
