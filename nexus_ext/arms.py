@@ -81,7 +81,7 @@ class Arm:
         return tokens
 
     def report(self) -> dict[str, Any]:
-        """peak_rss_bytes and, for a streamed arm, its stats."""
+        """peak_rss_bytes, peak_device_bytes (of a GPU) and, for a streamed arm, its stats."""
         report: dict[str, Any] = self._ask("report")
         return report
 
@@ -160,7 +160,8 @@ class _Runner(ABC):
         }
         vocabulary = self.model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(_SEED)
-        self.prompt = torch.randint(0, vocabulary, (1, spec.num_tokens), generator=generator)
+        prompt = torch.randint(0, vocabulary, (1, spec.num_tokens), generator=generator)
+        self.prompt = prompt.to(_device(spec))
 
     @abstractmethod
     def _load(self, spec: ArmSpec) -> Any:
@@ -169,6 +170,8 @@ class _Runner(ABC):
     def _forward(self) -> None:
         with torch.inference_mode():
             self.model(self.prompt)
+        if self.prompt.is_cuda:
+            torch.cuda.synchronize()
 
     def step(self) -> dict[str, float]:
         return self._timed(self._forward)
@@ -194,7 +197,8 @@ class _Runner(ABC):
         return tokens[0].tolist()  # type: ignore[no-any-return]
 
     def report(self) -> dict[str, Any]:
-        return {"peak_rss_bytes": _peak_rss_bytes()}
+        peak = torch.cuda.max_memory_allocated() if self.prompt.is_cuda else 0
+        return {"peak_rss_bytes": _peak_rss_bytes(), "peak_device_bytes": peak}
 
 
 class _Streamed(_Runner):
@@ -219,7 +223,7 @@ class _Streamed(_Runner):
 class _Resident(_Runner):
     def _load(self, spec: ArmSpec) -> Any:
         kind = _model_class(spec.path)
-        return kind.from_pretrained(spec.path, dtype="auto").eval()
+        return kind.from_pretrained(spec.path, dtype="auto").to(_device(spec)).eval()
 
 
 class _Accelerate(_Runner):
@@ -235,6 +239,10 @@ class _Accelerate(_Runner):
         return kind.from_pretrained(
             spec.path, dtype="auto", device_map={"": "disk"}, offload_folder=folder
         ).eval()
+
+
+def _device(spec: ArmSpec) -> torch.device:
+    return torch.device(spec.options.get("device", "cpu"))
 
 
 def _model_class(path: Path) -> Any:

@@ -138,7 +138,9 @@ def _own_tensor(arena: torch.Tensor) -> torch.Tensor:
     Which groups share an arena depends on budget and lookahead. A graph that saw it would have to
     be compiled anew for each; `turn` orders what aliasing would (see csrc/library.cpp).
     """
-    return torch.utils.dlpack.from_dlpack(arena)
+    # As a capsule: `from_dlpack(arena)` refuses memory of another GPU than the current one.
+    own: torch.Tensor = torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(arena))
+    return own
 
 
 class GroupSlot:

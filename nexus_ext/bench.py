@@ -143,6 +143,8 @@ def _result(
         "device_bytes": plan.device_bytes,
         "model_bytes": plan.outside_bytes + sum(plan.group_bytes),
         "peak_rss_bytes": report["peak_rss_bytes"],
+        "peak_device_bytes": report["peak_device_bytes"],
+        "device": stats["device"],
         "baseline_rss_bytes": streamed.facts["baseline_rss_bytes"],
         "file_cache_growth_bytes": max(rounds.cache_growth),
         "io_mode_requested": stats["io_mode_requested"],
@@ -182,6 +184,7 @@ def _predict(plan: Plan, compute_seconds: float, ceiling_gbps: float) -> float:
         plan.arena_of,
         [each] * plan.num_groups,
         ceiling_gbps * 1e9,
+        in_ram=plan.in_ram,
     )
 
 
@@ -226,5 +229,5 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "nexus_ext": version("nexus_ext"),
-        "gpu": "none",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }

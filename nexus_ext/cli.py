@@ -29,9 +29,12 @@ err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A folder with safetensors, or a hub id.")]
 Budget = Annotated[str, typer.Option(help="Device bytes for weights: 1GiB, 500MB, auto.")]
-Io = Annotated[str, typer.Option(help="direct, buffered, mmap or auto.")]
+Device = Annotated[str, typer.Option(help="Where the model computes: cpu, cuda or cuda:1.")]
+Io = Annotated[str, typer.Option(help="direct, buffered, mmap, gds or auto.")]
 Lookahead = Annotated[str, typer.Option(help="Groups fetched ahead, or auto.")]
-RamBudget = Annotated[str, typer.Option(help="Host bytes for staging, or auto.")]
+RamBudget = Annotated[
+    str, typer.Option(help="Host bytes for staging and, with a GPU, for groups kept in RAM; auto.")
+]
 Verify = Annotated[str, typer.Option(help="off, first or always.")]
 Prefault = Annotated[
     str | None, typer.Option(help="auto, on or off (mmap); default: NEXUS_PREFAULT or auto.")
@@ -61,6 +64,7 @@ def main() -> None:
 def run(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    device: Device = "cpu",
     budget: Budget = "auto",
     io: Io = "auto",
     lookahead: Lookahead = "auto",
@@ -88,6 +92,7 @@ def run(
     with _byte_progress() as progress:
         streamed: Any = from_pretrained(
             path,
+            device=device,
             budget=budget,
             io=io,
             lookahead=lookahead,
@@ -101,7 +106,7 @@ def run(
     if compile_blocks:
         for _, block in find_blocks(streamed, None):
             block.compile()
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
     began = time.perf_counter()
     with torch.inference_mode(), err.status("generating"):
         tokens = streamed.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -134,9 +139,11 @@ def bench(
     model: Model,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Rounds; figures are medians.")] = 5,
+    device: Device = "cpu",
     budget: Budget = "auto",
     io: Io = "auto",
     lookahead: Lookahead = "auto",
+    ram_budget: RamBudget = "auto",
     verify: Verify = "off",
     against: Annotated[
         str, typer.Option(help="Peers, with commas: resident, accelerate. '' for none.")
@@ -157,9 +164,11 @@ def bench(
             against=[peer.strip() for peer in against.split(",") if peer.strip()],
             memory_limit=None if memory_limit is None else parse_bytes(memory_limit),
             progress=_narrator(status.update),
+            device=device,
             budget=budget,
             io=io,
             lookahead=lookahead,
+            ram_budget=ram_budget,
             verify=verify,
         )
     out.print(bench_table(result))
@@ -169,15 +178,24 @@ def bench(
 @app.command()
 def plan(
     model: Model,
+    device: Device = "cpu",
     budget: Budget = "auto",
     lookahead: Lookahead = "auto",
+    ram_budget: RamBudget = "auto",
     by_rows: ByRows = None,
     json_file: JsonFile = None,
 ) -> None:
     """Show what would stay, what would stream, and the step that predicts. Reads no weights."""
     from nexus_ext.pretrained import plan_pretrained
 
-    made = plan_pretrained(model, budget=budget, lookahead=lookahead, by_rows=by_rows or ())
+    made = plan_pretrained(
+        model,
+        device=device,
+        budget=budget,
+        lookahead=lookahead,
+        ram_budget=ram_budget,
+        by_rows=by_rows or (),
+    )
     out.print(made.describe(), markup=False, highlight=False)
     fields = dict(made.__dict__)
     _write(json_file, fields | {"device_bytes": made.device_bytes})

@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nexus_ext import gds
 from nexus_ext.ceiling import measure_ceiling
 from nexus_ext.config import home_folder
-from nexus_ext.engine import ReadMode, measure_read
+from nexus_ext.device import Device
+from nexus_ext.engine import ReadMode, measure_copy, measure_read
 from nexus_ext.memory import available_bytes, default_budget, format_bytes, locked_limit_bytes
+from nexus_ext.ops import native
 
 __all__ = ["examine", "tune"]
 
 _PROBE_BYTES = 256 << 20
 _DEPTHS = (4, 8, 16, 32)
+_LINK_CHUNK_BYTES = 8 << 20
 _CHUNKS = (256 << 10, 1 << 20, 4 << 20)
 
 
@@ -76,6 +79,25 @@ def _disk(path: Path) -> dict[str, Any]:
     }
 
 
+def _gpu() -> dict[str, Any]:
+    """Torch's GPU, and how fast page-locked memory gets there."""
+    if not torch.cuda.is_available():
+        return {"GPU": f"none that torch {torch.__version__} can use"}
+    device = Device.of("cuda")
+    arena = device.allocate(_LINK_CHUNK_BYTES)
+    link = measure_copy(arena, device.name, _LINK_CHUNK_BYTES, _PROBE_BYTES)
+    pinned = "page-locked" if link["is_pinned"] else "not page-locked"
+    return {
+        "GPU": f"{torch.cuda.get_device_name()}, {format_bytes(device.available_bytes())} free",
+        "rate to the GPU": f"{link['gbps']:.2f} GB/s, {pinned}",
+    }
+
+
+def _gds() -> str:
+    is_there, why_not = gds.available()
+    return "yes" if is_there else f"no: {why_not}"
+
+
 def _machine() -> dict[str, Any]:
     available = available_bytes()
     locked = locked_limit_bytes()
@@ -84,7 +106,8 @@ def _machine() -> dict[str, Any]:
         "budget 'auto'": format_bytes(default_budget(available)),
         "memory lock limit": "none" if locked is None else format_bytes(locked),
         "torch": torch.__version__,
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "kvikio": "installed" if find_spec("kvikio") else "not installed",
+        **_gpu(),
+        "GPUDirect Storage": _gds(),
+        "profiler ranges": "built in" if native.has_nvtx() else "left out of this build",
         "fio": shutil.which("fio") or "not installed",
     }

@@ -334,15 +334,24 @@ def _fit(everything: Plan, depth: int) -> Plan | None:
 
 
 def _with_ram(plan: Plan, ram_bytes: int) -> Plan:
-    """As many streamed groups as fit stay in RAM, spread as the residents are: between two that
-    come from disk lies the time to read one.
+    """Streamed groups that stay in RAM: as many as fit when they are spread as the residents are
+    (between two that come from disk lies the time to read one), then every other that still does.
     """
-    for count in range(len(plan.streamed), 0, -1):
-        places = _spread(len(plan.streamed), count)
-        kept = replace(plan, in_ram=tuple(plan.streamed[place] for place in sorted(places)))
-        if kept.ram_bytes <= ram_bytes:
-            return kept
-    return plan
+    spreads = (_spread(len(plan.streamed), count) for count in range(len(plan.streamed), -1, -1))
+    kept = next(
+        kept
+        for places in spreads
+        if (kept := _keeping(plan, [plan.streamed[place] for place in places])).ram_bytes
+        <= ram_bytes
+    )
+    for group in sorted(plan.streamed, key=lambda group: plan.group_bytes[group]):
+        if group not in kept.in_ram and kept.ram_bytes + plan.group_bytes[group] <= ram_bytes:
+            kept = _keeping(plan, [*kept.in_ram, group])
+    return kept
+
+
+def _keeping(plan: Plan, groups: Collection[int]) -> Plan:
+    return replace(plan, in_ram=tuple(sorted(groups)))
 
 
 def _within_budget(plan: Plan) -> bool:

@@ -28,9 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "digests": {"checkpoint"},
     "engine": {"checkpoint", "ops"},
     "device": {"errors", "memory"},
+    "gds": {"errors"},
     "mode": {"checkpoint", "config", "device", "engine", "errors", "gds", "memory", "plan"},
     "rows": {"checkpoint", "engine", "errors", "ops"},
-    "gds": {"errors"},
     "streamer": {
         "checkpoint",
         "config",

@@ -179,6 +179,23 @@ q, scale = ops.quantize_int8(weight.to(DEVICE))
 cuda.KERNELS["dequantize_int8"](q, scale, f32)
 """
 
+STREAMED = """
+import tempfile
+import torch
+from nexus_ext.checkpoint import Extent, File, Group, Stamp
+from nexus_ext.engine import Engine, ReadMode
+with tempfile.NamedTemporaryFile() as file:
+    file.write(bytes(40000))
+    file.flush()
+    groups = [Group("g", (), (Extent(0, 1000 * i + 1, 9000, 0),), 9000) for i in range(3)]
+    arenas = [torch.zeros(9000, dtype=torch.uint8) for _ in range(2)]
+    engine = Engine([File(file.name, Stamp.of(file.fileno()))], ReadMode(io="direct"))
+    engine.attach(arenas, groups, [0, 1, 0], range(3), 1)
+    for group, arena in ((0, 0), (1, 1), (2, 0)):
+        engine.acquire(group, arenas[arena])
+    engine.close()
+"""
+
 
 @pytest.fixture
 def native_ranges(headers: Path) -> None:
@@ -202,6 +219,17 @@ def test_each_unit_of_a_group_is_a_range(record: Record) -> None:
 @pytest.mark.usefixtures("native_ranges")
 def test_a_packing_decodes_in_one_range(record: Record) -> None:
     assert nested(record(PACKED + EAGER)) == [("dequantize", size, []) for size in (2144, 67 * 64)]
+
+
+@pytest.mark.usefixtures("native_ranges")
+def test_reads_copies_and_waits_are_ranges_with_their_bytes(record: Record) -> None:
+    events = [event for event in record(STREAMED) if event["event"] in ("push", "start")]
+    sizes = {name: {e["nbytes"] for e in events if e["name"] == name} for name in ("copy", "wait")}
+    assert sizes == {"copy": {9000}, "wait": {9000}}
+    # A read is of the aligned pages around, where files are read in such.
+    reads = [event["nbytes"] for event in events if event["name"] == "read"]
+    assert len(reads) >= 3
+    assert min(reads) >= 9000
 
 
 def test_every_launch_on_a_gpu_is_a_range(record: Record) -> None:
@@ -270,7 +298,7 @@ def test_a_range_neither_breaks_a_graph_nor_makes_another() -> None:
     for num_rows in (2, 3):
         run(torch.randn(num_rows, 64))
         # Whether a tool is there is asked outside; that must not make the graph a different one.
-        profiling._is_attached()
+        profiling._tool()
     assert num_graphs == 1
 
 

@@ -56,6 +56,7 @@ CudaDriver load() {
   bind(driver.cuStreamSynchronize, library, "cuStreamSynchronize");
   bind(driver.cuStreamWaitEvent, library, "cuStreamWaitEvent");
   bind(driver.cuStreamIsCapturing, library, "cuStreamIsCapturing");
+  bind(driver.cuThreadExchangeStreamCaptureMode, library, "cuThreadExchangeStreamCaptureMode");
   bind(driver.cuEventCreate, library, "cuEventCreate");
   bind(driver.cuEventDestroy, library, "cuEventDestroy_v2");
   bind(driver.cuEventRecord, library, "cuEventRecord");

@@ -30,6 +30,7 @@ struct CudaDriver {
   CudaResult (*cuStreamSynchronize)(void* stream);
   CudaResult (*cuStreamWaitEvent)(void* stream, void* event, unsigned flags);
   CudaResult (*cuStreamIsCapturing)(void* stream, int* status);
+  CudaResult (*cuThreadExchangeStreamCaptureMode)(int* mode);
   CudaResult (*cuEventCreate)(void** event, unsigned flags);
   CudaResult (*cuEventDestroy)(void* event);
   CudaResult (*cuEventRecord)(void* event, void* stream);

@@ -22,6 +22,8 @@ constexpr unsigned kBlockingSync = 0x1;
 // Pinned for every context: another engine may use another device.
 constexpr unsigned kPortable = 0x1;
 
+constexpr int kRelaxed = 2;
+
 constexpr unsigned char kNanByte = 0xff;
 
 // After these a context answers every call alike; see CUresult in the driver's reference.
@@ -156,13 +158,25 @@ class CudaDevice final : public Device {
    public:
     explicit Scope(const CudaDevice& device) : device_(device) {
       check_order(device_.cuda_.cuCtxPushCurrent(device_.context_), "entering the device");
+      is_relaxed_ = exchange_mode() == kCudaSuccess;
     }
-    ~Scope() { device_.leave(); }
+    ~Scope() {
+      if (is_relaxed_) exchange_mode();
+      device_.leave();
+    }
     Scope(const Scope&) = delete;
     Scope& operator=(const Scope&) = delete;
 
    private:
+    // While some thread captures a graph, no other may ask how far an event is, unless it says that
+    // it knows what it does: else that capture is spoilt. What is ours is in nobody's graph.
+    CudaResult exchange_mode() {
+      return device_.cuda_.cuThreadExchangeStreamCaptureMode(&capture_mode_);
+    }
+
     const CudaDevice& device_;
+    int capture_mode_ = kRelaxed;
+    bool is_relaxed_ = false;
   };
 
   // The same on the way out: of a lost device too things are given back, but at the end of the
@@ -187,7 +201,7 @@ class CudaDevice final : public Device {
 
   void leave() const noexcept {
     void* popped = nullptr;
-    cuda_.cuCtxPopCurrent(&popped);
+    insist([&] { return cuda_.cuCtxPopCurrent(&popped); });
   }
 
   const int index_;

@@ -35,6 +35,7 @@ enum Code : CUresult {
 };
 
 constexpr unsigned kStreamNonBlocking = 1;
+constexpr int kCaptureRelaxed = 2;
 constexpr unsigned kEventDisableTiming = 2;
 constexpr unsigned kEventInterprocess = 4;
 

@@ -13,9 +13,10 @@ CUresult create_stream(Call& in, CUstream* out, unsigned flags) {
 std::string side_of(const StreamPtr& stream) { return stream->is_callers ? "current" : "lane"; }
 
 // Nobody may ask how far a stream is that is being captured, nor, while any thread captures in the
-// global mode, how far anything is.
-bool is_question_forbidden(const StreamPtr& stream) {
+// global mode, how far anything is: unless the asking thread has set its own mode to relaxed.
+bool is_question_forbidden(const Call& in, const StreamPtr& stream) {
   if (stream != nullptr && stream->capturing != 0) return true;
+  if (in.thread.capture_mode == kCaptureRelaxed) return false;
   for (const auto& [handle, other] : world.streams) {
     if (other->capturing == 2) return true;
   }
@@ -58,7 +59,7 @@ CUDA(cuStreamSynchronize)(CUstream handle) {
     const StreamPtr stream = in.stream(handle);
     if (stream == nullptr) return kInvalidHandle;
     count_synchronize(in);
-    if (is_question_forbidden(stream)) return kCaptureUnsupported;
+    if (is_question_forbidden(in, stream)) return kCaptureUnsupported;
     return drain(in.lock, stream, "a host thread, in cuStreamSynchronize,");
   });
 }
@@ -67,7 +68,7 @@ CUDA(cuStreamQuery)(CUstream handle) {
   return call(__func__, Needs::kContext, [&](Call& in) -> CUresult {
     const StreamPtr stream = in.stream(handle);
     if (stream == nullptr) return kInvalidHandle;
-    if (is_question_forbidden(stream)) return kCaptureUnsupported;
+    if (is_question_forbidden(in, stream)) return kCaptureUnsupported;
     return stream->num_finished == stream->num_enqueued ? kSuccess : kNotReady;
   });
 }
@@ -88,6 +89,14 @@ CUDA(cuStreamIsCapturing)(CUstream handle, int* status) {
     const StreamPtr stream = in.stream(handle);
     if (stream == nullptr) return kInvalidHandle;
     *status = stream->capturing != 0 ? 1 : 0;
+    return kSuccess;
+  });
+}
+
+CUDA(cuThreadExchangeStreamCaptureMode)(int* mode) {
+  return call(__func__, Needs::kDriver, [&](Call& in) -> CUresult {
+    if (*mode < 0 || *mode > kCaptureRelaxed) return kInvalidValue;
+    std::swap(*mode, in.thread.capture_mode);
     return kSuccess;
   });
 }
@@ -134,7 +143,7 @@ CUDA(cuEventQuery)(CUevent handle) {
   return call(__func__, Needs::kContext, [&](Call& in) -> CUresult {
     const EventPtr event = in.event(handle);
     if (event == nullptr) return kInvalidHandle;
-    if (is_question_forbidden(event->stream.lock())) return kCaptureUnsupported;
+    if (is_question_forbidden(in, event->stream.lock())) return kCaptureUnsupported;
     return is_dropped("query") || is_reached(event) ? kSuccess : kNotReady;
   });
 }
@@ -144,7 +153,7 @@ CUDA(cuEventSynchronize)(CUevent handle) {
     const EventPtr event = in.event(handle);
     if (event == nullptr) return kInvalidHandle;
     count_synchronize(in);
-    if (is_question_forbidden(event->stream.lock())) return kCaptureUnsupported;
+    if (is_question_forbidden(in, event->stream.lock())) return kCaptureUnsupported;
     if (is_dropped("synchronize") || is_reached(event)) return kSuccess;
     const PointPtr point = event->last;  // a record meanwhile is not waited for
     return wait_until(in.lock, "a host thread, in cuEventSynchronize, waits for " + point->name,

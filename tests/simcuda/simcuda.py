@@ -110,6 +110,7 @@ DRIVER: dict[str, list[Any]] = {
     "cuStreamQuery": [c_void_p],
     "cuStreamWaitEvent": [c_void_p, c_void_p, c_uint],
     "cuStreamIsCapturing": [c_void_p, POINTER(c_int)],
+    "cuThreadExchangeStreamCaptureMode": [POINTER(c_int)],
     "cuEventCreate": [POINTER(c_void_p), c_uint],
     "cuEventDestroy_v2": [c_void_p],
     "cuEventRecord": [c_void_p, c_void_p],

@@ -194,6 +194,7 @@ struct Thread {
   std::vector<int> contexts;  // devices of the contexts pushed, current one last
   int64_t push_balance = 0;
   bool is_caller = false;
+  int capture_mode = 0;             // what it may do while others capture: 2 is anything
   std::map<int, CUstream> streams;  // current ones, by device
 };
 
