@@ -61,27 +61,29 @@ GPU_PYTHON ?= python3
 GPU_JSON ?=
 # The package laid out as it would be installed; nexus_ext.kernels exists only there.
 GPU_SITE ?= $(abspath build/gpu)
+GPU_PATH = PYTHONPATH=$(GPU_SITE)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # All others may import what is not there. Those of the kernels run on what there is, without marks.
 GPU_TESTS = $(shell grep -lE 'mark\.(needs_cuda|takes_simcuda)' tests/test_*.py)
 GPU_KERNEL_TESTS := tests/test_quant_cuda.py tests/test_triton_kernels.py
-# Compiling them takes most of the time; pytest-xdist is used where it is there.
-GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8)
-# pytest-timeout may be missing, and its option is then unknown.
-GPU_PYTEST = PYTHONPATH=$(GPU_SITE) FAIL_WITHOUT_CUDA=1 timeout --kill-after=5 70 $(GPU_PYTHON) \
-	-m pytest -q -rfE -p no:cacheprovider -W 'ignore:Unknown config option:pytest.PytestConfigWarning'
+# Compiling takes most of the time; pytest-xdist is used where it is there.
+GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses=8)
+# Seconds, then arguments. Without pytest-timeout its option in pyproject.toml is unknown.
+GPU_PYTEST = $(GPU_PATH) FAIL_WITHOUT_CUDA=1 timeout --kill-after=5 $(1) $(GPU_PYTHON) \
+	-m pytest -q -rfE -p no:cacheprovider $(GPU_WORKERS) \
+	-W 'ignore:Unknown config option:pytest.PytestConfigWarning'
 
 # Around the extension that is here, if it can be loaded; build it after the last change of csrc/.
 gpu-site:
 	rm -rf $(GPU_SITE)
 	$(GPU_PYTHON) setup.py -qq build_py --build-lib $(GPU_SITE) egg_info --egg-base $(GPU_SITE)
-	cp nexus_ext/*.so $(GPU_SITE)/nexus_ext/ && PYTHONPATH=$(GPU_SITE) $(GPU_PYTHON) -c 'import nexus_ext' \
+	cp nexus_ext/*.so $(GPU_SITE)/nexus_ext/ && $(GPU_PATH) $(GPU_PYTHON) -c 'import nexus_ext' \
 		|| timeout 120 $(GPU_PYTHON) setup.py -q build_ext --build-lib $(GPU_SITE)
 
 gpu: gpu-site
 	failed=0; \
-	$(GPU_PYTEST) -m 'needs_cuda or takes_simcuda' $(GPU_TESTS) || failed=1; \
-	$(GPU_PYTEST) $(GPU_WORKERS) $(GPU_KERNEL_TESTS) || failed=1; \
-	PYTHONPATH=$(GPU_SITE) $(GPU_PYTHON) benchmarks/bench_gpu.py $(if $(GPU_JSON),--json $(GPU_JSON)) \
+	$(call GPU_PYTEST,80) -m 'needs_cuda or takes_simcuda' $(GPU_TESTS) || failed=1; \
+	$(call GPU_PYTEST,60) $(GPU_KERNEL_TESTS) || failed=1; \
+	$(GPU_PATH) $(GPU_PYTHON) benchmarks/bench_gpu.py $(if $(GPU_JSON),--json $(GPU_JSON)) \
 		|| failed=1; \
 	exit $$failed
 

@@ -176,7 +176,7 @@ void engine_wait(int64_t engine, int64_t group) {
   find_engine(engine)->wait_resident(number(group));
 }
 
-void engine_end_pass(int64_t engine) { find_engine(engine)->end_pass(); }
+void engine_end_pass(int64_t engine, int64_t caller) { find_engine(engine)->end_pass(caller); }
 
 void engine_prefault(int64_t engine, bool background) { find_engine(engine)->prefault(background); }
 
@@ -360,7 +360,9 @@ STABLE_TORCH_LIBRARY(nexus, m) {
   m.def("engine_digest(int engine, int group) -> int");
   m.def("engine_group_id(int engine, int group) -> int");
   m.def("engine_wait(int engine, int group) -> ()");
-  m.def("engine_end_pass(int engine) -> ()");
+  // The calling thread's number, by which engine_end_pass knows whose pass is over.
+  m.def("caller() -> int");
+  m.def("engine_end_pass(int engine, int caller) -> ()");
   m.def("engine_prefault(int engine, bool background) -> ()");
   // Row rows[i] (int64) of the table goes to the i-th row_bytes of `out`.
   m.def(
@@ -409,6 +411,7 @@ STABLE_TORCH_LIBRARY_IMPL(nexus, CompositeExplicitAutograd, m) {
   m.impl("engine_digest", TORCH_BOX(&nexus::engine_digest));
   m.impl("engine_group_id", TORCH_BOX(&nexus::engine_group_id));
   m.impl("engine_wait", TORCH_BOX(&nexus::engine_wait));
+  m.impl("caller", TORCH_BOX(&nexus::this_caller));
   m.impl("engine_end_pass", TORCH_BOX(&nexus::engine_end_pass));
   m.impl("engine_prefault", TORCH_BOX(&nexus::engine_prefault));
   m.impl("engine_map", TORCH_BOX(&nexus::engine_map));

@@ -16,6 +16,7 @@ checkpointed comes through unharmed: hooks that were there before get every othe
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import weakref
@@ -116,11 +117,15 @@ class StandIn(nn.Parameter):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        origin = next((arg for arg in args if isinstance(arg, StandIn)), None)
         if func.__name__ in _METADATA:
-            return torch.Tensor.__torch_function__.__func__(  # type: ignore[attr-defined]
+            made = torch.Tensor.__torch_function__.__func__(  # type: ignore[attr-defined]
                 cls, func, types, args, kwargs or {}
             )
-        label = next((arg.label for arg in args if isinstance(arg, StandIn)), cls.label)
+            if isinstance(made, StandIn) and origin is not None:  # .data, .detach()
+                made.label, made.target = origin.label, origin.target
+            return made
+        label = cls.label if origin is None else origin.label
         raise StreamError(
             f"A streamed weight can be used while its block runs; {func.__name__} was asked for "
             f"{label} at another time. Call the block, or leave it out of `groups`."
@@ -139,7 +144,7 @@ def _own_tensor(arena: torch.Tensor) -> torch.Tensor:
     be compiled anew for each; `turn` orders what aliasing would (see csrc/library.cpp).
     """
     # As a capsule: `from_dlpack(arena)` refuses memory of another GPU than the current one.
-    own: torch.Tensor = torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(arena))
+    own: torch.Tensor = torch.utils.dlpack.from_dlpack(torch._C._to_dlpack(arena))
     return own
 
 
@@ -412,6 +417,8 @@ class _Life:
         self.slot: GroupSlot | None = None
         self.running: GroupSlot | None = None  # whose forward is under way
         self.num_open = 0  # slots in a graph that is being traced
+        self.is_in_pass = False  # the root's forward is under way
+        self._caller: int | None = None  # who called a block without the root
         self._streamer = streamer
         self._backward = -1  # the last backward that was seen
 
@@ -426,15 +433,30 @@ class _Life:
     def enter_backward(self) -> None:
         """When this backward is over, so is the use of the group that it acquired last."""
         task = _graph_task()
+        if task == -1 and not self.is_in_pass:
+            self._caller = self._streamer.caller_number()
         if task not in (-1, self._backward):
             self._backward = task
-            torch.autograd.Variable._execution_engine.queue_callback(self.end_pass)
+            self._end_calls_of_blocks()
+            # Which thread the callback will run in, nobody knows.
+            end = functools.partial(self.end_pass, self._streamer.caller_number())
+            torch.autograd.Variable._execution_engine.queue_callback(end)
 
-    def end_pass(self) -> None:
-        """The calling thread is through; raises ThreadConflict if another one interfered."""
+    def _end_calls_of_blocks(self) -> None:
+        """Blocks called without the root end no pass, and backward runs in another thread on a GPU.
+        What it goes back through has ended, if nothing runs now.
+        """
+        if self._caller is not None and self.running is None and not self.is_in_pass:
+            self._streamer.end_pass(self._caller)
+        self._caller = None
+
+    def end_pass(self, caller: int | None = None) -> None:
+        """A thread is through, the calling one or that of the number; raises ThreadConflict if
+        another one interfered.
+        """
         self.end()
         if not self._streamer.is_closed:
-            self._streamer.end_pass()
+            self._streamer.end_pass(caller)
 
 
 def _graph_task() -> int:
@@ -462,9 +484,11 @@ class Attachment:
     def one_pass(self) -> Iterator[None]:
         """One thread, from the first group to the last."""
         with self.lock:
+            outer, self.life.is_in_pass = self.life.is_in_pass, True
             try:
                 yield
             finally:
+                self.life.is_in_pass = outer
                 self.life.end_pass()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nexus_ext.errors import ConfigError
+from nexus_ext.errors import BudgetError, ConfigError
 from nexus_ext.memory import available_bytes
 
 __all__ = ["Device"]
@@ -86,14 +86,24 @@ class Device:
     def allocate(self, nbytes: int, phase: int = 0) -> torch.Tensor:
         """Uninitialised uint8 [nbytes], whose first byte lies `phase` bytes behind a page boundary
         (0 on a GPU: wherever torch's allocator puts it).
+
+        Raises:
+            BudgetError: A GPU has not got it.
         """
         if not self.is_host and phase == 0:
-            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+            return self._empty(nbytes)
         is_big = self.is_host and nbytes >= _HUGE_PAGE_BYTES
         page = _HUGE_PAGE_BYTES if is_big else _PAGE_BYTES
         # In host memory, what lies before and behind is never touched, and so takes no memory.
-        memory = torch.empty(
-            nbytes + page + _PAGE_BYTES, dtype=torch.uint8, device=self.torch_device
-        )
+        memory = self._empty(nbytes + page + _PAGE_BYTES)
         start = -memory.data_ptr() % page + phase
         return memory[start : start + nbytes]
+
+    def _empty(self, nbytes: int) -> torch.Tensor:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+        except torch.OutOfMemoryError as error:
+            raise BudgetError(
+                f"a budget must fit into what is free on {self.name}; {nbytes} bytes more cannot "
+                f"be had ({error}). Lower the budget, or free memory there"
+            ) from error

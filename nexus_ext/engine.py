@@ -16,7 +16,15 @@ from nexus_ext import ops
 from nexus_ext.checkpoint import File, Group
 from nexus_ext.ops import native
 
-__all__ = ["Engine", "Faults", "ReadMode", "cached_bytes", "measure_copy", "measure_read"]
+__all__ = [
+    "Engine",
+    "Faults",
+    "ReadMode",
+    "cached_bytes",
+    "caller_number",
+    "measure_copy",
+    "measure_read",
+]
 
 
 @dataclass(frozen=True)
@@ -159,9 +167,17 @@ class Engine:
         """Block until a resident group has landed; frees nothing. Raises as `acquire`."""
         ops.call(native.engine_wait, self.handle, group)
 
-    def end_pass(self) -> None:
-        """The calling thread is through; another one may begin."""
-        ops.call(native.engine_end_pass, self.handle)
+    def end_pass(self, caller: int | None = None) -> None:
+        """A thread is through with the group that it acquired last; another one may begin.
+
+        Args:
+            caller: Number of the thread (`caller_number`); None is the calling one.
+
+        Raises:
+            ThreadConflict: Another thread broke into the pass.
+        """
+        number = native.caller() if caller is None else caller
+        ops.call(native.engine_end_pass, self.handle, number)
 
     def read_rows(
         self, out: torch.Tensor, rows: torch.Tensor, file: int, offset: int, num_rows: int
@@ -216,6 +232,12 @@ class Engine:
     def close(self) -> None:
         """Stop the thread and close the files. May be called twice; waits for reads in flight."""
         native.engine_close(self.handle)
+
+
+def caller_number() -> int:
+    """The calling thread, as engines know it."""
+    number: int = native.caller()
+    return number
 
 
 def measure_read(path: str, mode: ReadMode, max_bytes: int) -> dict[str, Any]:

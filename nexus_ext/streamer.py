@@ -19,7 +19,7 @@ from nexus_ext.checkpoint import ALIGNMENT, Checkpoint, Entry, Extent, Group
 from nexus_ext.config import StreamConfig, home_folder, poisons_freed_arenas
 from nexus_ext.device import Device
 from nexus_ext.digests import recorded_digests
-from nexus_ext.engine import Engine, Faults, ReadMode
+from nexus_ext.engine import Engine, Faults, ReadMode, caller_number
 from nexus_ext.gds import GdsServer
 from nexus_ext.memory import available_bytes, default_budget, should_prefault
 from nexus_ext.mode import DEFAULT_DEPTH, Choice, choose
@@ -197,9 +197,14 @@ class Streamer:
     def is_resident(self, group: int) -> bool:
         return group + 1 not in self._streamed
 
-    def end_pass(self) -> None:
-        """The calling thread is through a forward pass."""
-        self.engine.end_pass()
+    def end_pass(self, caller: int | None = None) -> None:
+        """A thread is through a pass: the calling one, or that of the number."""
+        self.engine.end_pass(caller)
+
+    @staticmethod
+    def caller_number() -> int:
+        """The calling thread."""
+        return caller_number()
 
     def sweep(self) -> None:
         """Acquire every group once, in order, computing nothing: what I/O alone takes."""

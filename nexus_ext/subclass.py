@@ -48,9 +48,13 @@ class StreamedModule(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Only where the model is already: weights live where they stream to."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None or (device is not None and device.type != "cpu"):
+        if dtype is not None or (device is not None and not self._is_on(device)):
             _refuse(self, "moved or converted")
         return self
+
+    def _is_on(self, device: torch.device) -> bool:
+        here = self._nexus.streamer.device.torch_device
+        return device.type == here.type and device.index in (None, here.index)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Only False: streamed weights are frozen. Unfreeze adapters by themselves."""

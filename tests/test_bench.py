@@ -16,6 +16,8 @@ from nexus_ext.errors import BudgetError, ConfigError
 from nexus_ext.limit import MemoryLimit
 
 BENCHMARKS = sorted((Path(__file__).parent.parent / "benchmarks").glob("bench_*.py"))
+# It has tests of its own: test_bench_gpu.py.
+BENCHMARKS = [script for script in BENCHMARKS if script.stem != "bench_gpu"]
 
 
 @pytest.mark.parametrize("script", BENCHMARKS, ids=lambda path: path.stem)

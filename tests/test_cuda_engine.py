@@ -158,16 +158,18 @@ def test_flipped_bits_heal_or_are_refused(bench: Any, verify: str, in_ram: list[
     faults = Faults(seed=5, flip_ppm=200_000)
     rig = bench.rig(verify=verify, faults=faults, in_ram=in_ram, num_arenas=2)
     refused = 0
-    for _ in range(4):
+    # Which read is hit depends on which comes first.
+    for _ in range(50):
         for group in range(5):
             try:
                 rig.use(group)
             except CorruptCheckpoint:
                 refused += 1
+        if rig.stats["num_healed"] + refused > 0:
+            break
+    assert rig.stats["num_injected_flips"] > 0
+    assert rig.stats["num_healed"] + refused > 0
     wrong = rig.num_wrong()
-    stats = rig.stats
-    assert stats["num_injected_flips"] > 0
-    assert stats["num_healed"] + refused > 0
     if verify == "always":
         assert wrong == 0
 

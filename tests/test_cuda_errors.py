@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,15 @@ import pytest
 import torch
 
 import nexus_ext as nexus
-from nexus_ext.errors import BudgetError, DeviceError, DeviceLost, EngineClosed, NexusError
+from nexus_ext.engine import Faults
+from nexus_ext.errors import (
+    BudgetError,
+    ConfigError,
+    DeviceError,
+    DeviceLost,
+    EngineClosed,
+    NexusError,
+)
 from tests.test_cuda_module import (
     BLOCK_BYTES,
     NUM_BLOCKS,
@@ -80,6 +89,17 @@ def test_a_ram_budget_too_small_names_the_smallest_that_works(
         assert not gpu.sim.leaks()
     streamed = twins.streamed(resident, **FROM_DISK)
     assert_equal(resident.to(twins.device.torch_device), streamed, ids)
+
+
+@pytest.mark.parametrize("where", ["cuda:99", "mps", "nonsense"])
+def test_a_device_that_cannot_be_changes_nothing(
+    twins: Maker, ids: torch.Tensor, where: str
+) -> None:
+    resident = twins.resident()
+    with pytest.raises(ConfigError, match=f"device.*{where}"):
+        nexus.stream(resident, twins.folder, device=where)
+    assert type(resident) is Model
+    assert_equal(resident, resident, ids.cpu())
 
 
 @pytest.mark.needs_simcuda
@@ -260,12 +280,47 @@ def test_a_real_capture_is_refused_with_advice(twins: Maker, ids: torch.Tensor) 
     assert_equal(resident, streamed, ids)
     with (
         torch.inference_mode(),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"),
         pytest.raises(DeviceError, match="reduce-overhead"),
-        contextlib.suppress(RuntimeError),  # of the graph, that was not ended well
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         streamed(ids)
     assert_equal(resident, streamed, ids)
+
+
+SLOW_READS = Faults(delay_ppm=1_000_000, delay_us=30_000)
+
+
+@pytest.mark.needs_simcuda
+@pytest.mark.usefixtures("nothing_is_left")
+def test_something_else_may_be_captured_while_groups_are_read_ahead(
+    sim_gpu: Any, twins: Maker, ids: torch.Tensor
+) -> None:
+    """In CUDA's global mode, torch.cuda.graph's default, which forbids other threads to ask how far
+    a copy is, unless they say that they know what they do.
+    """
+    resident, streamed = twins(faults=SLOW_READS, **FROM_DISK)
+    assert_equal(resident, streamed, ids, passes=1)
+    other = sim_gpu.sim.create_stream()
+    sim_gpu.sim.set_capturing(other, 2)
+    threading.Event().wait(0.2)
+    sim_gpu.sim.set_capturing(other, 0)
+    assert_equal(resident, streamed, ids, passes=1)
+
+
+@pytest.mark.needs_cuda
+def test_something_else_may_really_be_captured_while_groups_are_read_ahead(
+    twins: Maker, ids: torch.Tensor
+) -> None:
+    resident, streamed = twins(faults=SLOW_READS, **FROM_DISK)
+    assert_equal(resident, streamed, ids, passes=1)
+    x = torch.ones(8, device=twins.device.torch_device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x + 1
+        threading.Event().wait(0.2)
+    graph.replay()
+    assert torch.equal(y, x + 1)
+    assert_equal(resident, streamed, ids, passes=1)
 
 
 # -- the end ---------------------------------------------------------------------------------------

@@ -527,9 +527,9 @@ def test_a_steady_step_synchronises_nothing(twins: Maker, ids: torch.Tensor) -> 
 @pytest.mark.needs_cuda
 def test_torch_counts_every_byte_and_they_fit_the_budget(twins: Maker, ids: torch.Tensor) -> None:
     resident = twins.resident()
-    torch.zeros(1, device=twins.device.torch_device)
+    with torch.inference_mode():
+        copy.deepcopy(resident).to(twins.device.torch_device)(ids)  # workspaces of matmuls stay
     gc.collect()
-    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     streamed = twins.streamed(resident)
     plan = nexus.plan_of(streamed)
@@ -541,22 +541,15 @@ def test_torch_counts_every_byte_and_they_fit_the_budget(twins: Maker, ids: torc
         streamed(ids)
         streamed(ids)
     activations = 1 << 20
-    assert torch.cuda.max_memory_allocated() - before - attached < activations + (9 << 20)
+    assert torch.cuda.max_memory_allocated() - before - attached < activations
     nexus.close(streamed)
     del streamed
     twins.made.clear()
     gc.collect()
-    assert torch.cuda.memory_allocated() <= before + (9 << 20)
-
-
-UNORDERED = (
-    "the last group of a pass is freed by the next pass, on that pass's stream: where the streams "
-    "are not ordered, it is refilled while the first one still reads it"
-)
+    assert torch.cuda.memory_allocated() <= before
 
 
 @pytest.mark.needs_simcuda
-@pytest.mark.xfail(strict=True, reason=UNORDERED)
 def test_passes_may_run_on_streams_that_are_not_ordered(sim_gpu: Any, bench: Any) -> None:
     """Of resident weights nobody asks in which order they are read."""
     rig = bench.rig(num_arenas=2)
@@ -572,7 +565,6 @@ def test_passes_may_run_on_streams_that_are_not_ordered(sim_gpu: Any, bench: Any
 
 
 @pytest.mark.needs_cuda
-@pytest.mark.xfail(strict=True, reason=UNORDERED)
 def test_forwards_may_run_on_streams_that_are_not_ordered(twins: Maker, ids: torch.Tensor) -> None:
     resident, streamed = twins()
     assert_equal(resident, streamed, ids)
@@ -612,10 +604,12 @@ def test_another_stream_may_be_current(twins: Maker, ids: torch.Tensor) -> None:
 def test_stand_ins_say_where_their_weights_will_be(twins: Maker) -> None:
     _, streamed = twins()
     weight = streamed.layers[0].a.weight
-    assert weight.is_meta
-    assert weight.device == twins.device.torch_device
-    with pytest.raises(StreamError, match="can be used while its block runs"):
-        weight + 1
+    for stand_in in (weight, weight.data, weight.detach(), *streamed.state_dict().values()):
+        assert stand_in.device == twins.device.torch_device
+    for stand_in in (weight, weight.data, weight.detach()):
+        assert stand_in.is_meta
+        with pytest.raises(StreamError, match=r"asked for layers\.0\.a\.weight"):
+            stand_in + 1
 
 
 def test_a_block_may_be_called_by_itself(twins: Maker, device: Device) -> None:
@@ -670,17 +664,23 @@ def test_a_model_may_move_from_the_host_to_the_device_by_streaming_again(
     assert_equal(resident, streamed, ids)
 
 
-@pytest.mark.needs_cuda
-def test_a_streamed_model_is_where_it_is_put(twins: Maker) -> None:
+def test_a_streamed_model_may_be_put_where_it_is_and_nowhere_else(
+    twins: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers' pipelines and trainers do without being asked."""
     _, streamed = twins()
-    assert streamed.to("cuda") is streamed
-    assert streamed.to(twins.device.torch_device) is streamed
-    with pytest.raises(StreamError, match="cannot be moved"):
-        streamed.to("cpu")
+    # As on a real GPU.
+    there = Device("cuda:0", torch.device("cuda", 0))
+    monkeypatch.setattr(streamed._nexus.streamer, "device", there)
+    assert streamed.to("cuda:0") is streamed
+    assert streamed.to(there.torch_device) is streamed
+    for other in ("cpu", "cuda:1", "meta"):
+        with pytest.raises(StreamError, match="cannot be moved"):
+            streamed.to(other)
 
 
 @pytest.mark.needs_simcuda
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_late_copies_change_nothing(
     sim_gpu: Any, twins: Maker, ids: torch.Tensor, seed: int
 ) -> None:

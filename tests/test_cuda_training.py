@@ -232,11 +232,6 @@ def test_backward_may_run_in_another_thread_than_forward(
             assert torch.equal(streamed(x), resident(x))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="blocks called without the root leave their thread in mid-pass, and backward's thread, "
-    "which on a GPU is another, is refused: see Engine::check_thread",
-)
 def test_backward_may_run_in_another_thread_than_blocks_called_by_themselves(
     stacks: tuple[Any, Any], device: Device
 ) -> None:
@@ -272,15 +267,11 @@ class _CallsBackElsewhere:
     def queue_callback(self, callback: Callable[[], None]) -> None:
         self._engine.queue_callback(lambda: in_another_thread(callback))
 
-
-ENDS_ELSEWHERE = (
-    "Engine::end_pass ends the pass of its own thread alone, and that is not the one that acquired: "
-    "the next forward is refused once"
-)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
 
 @pytest.mark.needs_simcuda
-@pytest.mark.xfail(strict=True, reason=ENDS_ELSEWHERE)
 def test_backward_may_end_in_another_thread_than_it_ran(
     stacks: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,7 +285,6 @@ def test_backward_may_end_in_another_thread_than_it_ran(
 
 
 @pytest.mark.needs_cuda
-@pytest.mark.xfail(strict=True, reason=ENDS_ELSEWHERE)
 def test_gradients_may_end_in_the_host(stacks: tuple[Any, Any], device: Device) -> None:
     resident, streamed = stacks
     x = torch.randn(4, 32)

@@ -347,3 +347,175 @@ def test_the_table_has_every_figure() -> None:
         "arenas    2, 2.00 MiB, lookahead 1",
         "device    8.00 MiB of a budget of 8.00 MiB; the smallest that works is 4.00 MiB",
     ]
+
+
+# --- what stays in RAM --------------------------------------------------------------------------
+
+
+def in_ram(ram_bytes: int, sizes: list[int] | None = None, budget: int = 20) -> tuple[int, ...]:
+    return make_plan(sizes or [10] * 8, 0, budget, 1, ram_bytes=ram_bytes).in_ram
+
+
+def test_without_room_nothing_stays_in_ram() -> None:
+    assert make_plan([10] * 8, 0, 20, 1).in_ram == in_ram(0) == in_ram(9) == ()
+
+
+def test_groups_in_ram_are_spread_between_those_from_disk() -> None:
+    assert in_ram(10) == (7,)
+    assert in_ram(49) == (1, 3, 5, 7)
+    assert in_ram(79) == (1, 2, 3, 4, 5, 6, 7)
+    assert in_ram(80) == tuple(range(8))
+
+
+def test_residents_are_not_in_ram_too() -> None:
+    plan = make_plan([10] * 8, 0, 60, 1, ram_bytes=20)
+    assert plan.resident == (1, 3, 5, 7)
+    assert plan.in_ram == (2, 6)
+    everything = make_plan([10] * 8, 0, 80, 1, ram_bytes=1000)
+    assert (everything.streamed, everything.in_ram) == ((), ())
+
+
+def test_small_groups_stay_in_ram_where_a_big_one_would_not_fit() -> None:
+    sizes = [10, 30, 10, 30, 10, 30]
+    assert in_ram(29, sizes, 40) == (0, 2)
+    assert in_ram(30, sizes, 40) == (5,)  # spread first
+    assert in_ram(50, sizes, 40) == (0, 2, 5)
+    assert in_ram(60, sizes, 40) == (0, 2, 4, 5)
+
+
+@given(streaming_plans(), st.integers(0, 900))
+def test_ram_is_never_exceeded_and_takes_nothing_from_the_device(plan: Plan, room: int) -> None:
+    kept = make_plan(
+        plan.group_bytes, 0, plan.budget_bytes, plan.lookahead, Rates(), ram_bytes=room
+    )
+    assert kept.ram_bytes == sum(kept.group_bytes[group] for group in kept.in_ram) <= room
+    assert set(kept.in_ram) <= set(kept.streamed)
+    assert list(kept.in_ram) == sorted(kept.in_ram)
+    assert (kept.resident, kept.arena_of) == (plan.resident, plan.arena_of)
+    assert kept.device_bytes == plan.device_bytes
+    assert kept.disk_bytes + kept.ram_bytes == kept.streamed_bytes
+    if room >= kept.streamed_bytes:
+        assert kept.in_ram == kept.streamed
+        assert kept.disk_bytes == 0
+
+
+@given(st.integers(3, 40), st.integers(0, 40))
+def test_equal_groups_in_ram_are_spread_evenly(num_groups: int, room: int) -> None:
+    plan = make_plan([7] * num_groups, 0, 14, 1, ram_bytes=7 * room)
+    assert len(plan.in_ram) == min(room, num_groups)
+    if plan.in_ram:
+        gaps = ring_gaps(plan.in_ram, num_groups)
+        assert max(gaps) - min(gaps) <= 1
+
+
+def test_the_table_has_a_line_for_ram() -> None:
+    text = make_plan([MIB] * 8, 0, 2 * MIB, 1, ram_bytes=3 * MIB + 5).describe()
+    assert "in RAM    groups: 3, 3.00 MiB\n" in text
+    assert "in RAM" not in make_plan([MIB] * 8, 0, 2 * MIB, 1).describe()
+
+
+def test_negative_room_is_refused() -> None:
+    with pytest.raises(ConfigError, match="got -1"):
+        make_plan([1] * 5, 0, 3, ram_bytes=-1)
+
+
+# --- a link between disk and device -------------------------------------------------------------
+
+
+def test_a_link_slower_than_the_disk_sets_the_pace() -> None:
+    args = ([6] * 4, range(4), (0, 1, 0, 1), [0.0] * 4, 6.0)
+    assert predict_step(*args) == 4.0
+    assert predict_step(*args, link_bytes_per_second=2.0) == 12.0
+    # A faster one carries bytes as they come: the last of a group is there when it is read.
+    assert predict_step(*args, link_bytes_per_second=60.0) == pytest.approx(4.0)
+
+
+def test_what_is_in_ram_takes_the_link_alone() -> None:
+    args = ([6] * 4, range(4), (0, 1, 0, 1), [0.0] * 4, 1.0)
+    kept = {"in_ram": range(4), "link_bytes_per_second": 6.0}
+    assert predict_step(*args, **kept) == 4.0
+    # Over an infinitely fast one it is there at once.
+    assert predict_step(*args, in_ram=range(4)) == 0.0
+
+
+def test_a_disk_reads_the_next_group_while_one_comes_from_ram() -> None:
+    # Every other group is read, for 6 s; the rest take 3 s of the link meanwhile, or of compute.
+    args = ([6] * 4, range(4), (0, 1, 0, 1), [3.0] * 4, 1.0)
+    alone = predict_step(*args, link_bytes_per_second=2.0)
+    assert alone == 24.0
+    kept = predict_step(*args, in_ram=(1, 3), link_bytes_per_second=2.0)
+    assert 12.0 <= kept < alone
+
+
+def test_compute_hides_a_link_as_it_hides_a_disk() -> None:
+    args = ([6] * 4, range(4), (0, 1, 0, 1), [5.0] * 4, math.inf)
+    assert predict_step(*args, in_ram=range(4), link_bytes_per_second=2.0) == 20.0
+
+
+@given(compute_and_plans(), st.floats(0.1, 10), st.data())
+def test_a_step_over_a_link_lies_between_its_longest_part_and_their_sum(
+    case: tuple[list[float], Plan], link: float, data: st.DataObject
+) -> None:
+    seconds, plan = case
+    kept = data.draw(st.sets(st.sampled_from(plan.streamed)))
+    read = sum(plan.group_bytes[group] for group in plan.streamed if group not in kept)
+    carried = plan.streamed_bytes / link
+    taken = predict_step(
+        plan.group_bytes,
+        plan.streamed,
+        plan.arena_of,
+        seconds,
+        1.0,
+        in_ram=kept,
+        link_bytes_per_second=link,
+    )
+    assert max(read, carried, sum(seconds)) - 1e-6 <= taken
+    assert taken <= read + carried + sum(seconds) + 1e-6
+
+
+@given(compute_and_plans(), st.data())
+def test_more_in_ram_never_takes_longer(
+    case: tuple[list[float], Plan], data: st.DataObject
+) -> None:
+    seconds, plan = case
+    more = data.draw(st.sets(st.sampled_from(plan.streamed)))
+    fewer = {group for group in more if data.draw(st.booleans())}
+    args = (plan.group_bytes, plan.streamed, plan.arena_of, seconds, 1.0)
+    slow, fast = (
+        predict_step(*args, in_ram=kept, link_bytes_per_second=4.0) for kept in (fewer, more)
+    )
+    assert fast <= slow + 1e-6
+
+
+@given(compute_and_plans())
+def test_an_infinite_link_changes_nothing(case: tuple[list[float], Plan]) -> None:
+    seconds, plan = case
+    args = (plan.group_bytes, plan.streamed, plan.arena_of, seconds, 1.0)
+    assert predict_step(*args, link_bytes_per_second=math.inf) == predict_step(*args)
+
+
+def test_the_plan_predicts_from_disk_and_link() -> None:
+    def predicted(ram_bytes: int, disk: float | None, link: float | None) -> float | None:
+        rates = Rates(disk, None, link)
+        plan = make_plan([100] * 8, 0, 200, 1, rates, ram_bytes=ram_bytes)
+        assert plan.predicted_io_seconds == pytest.approx(plan.predicted_step_seconds)
+        return plan.predicted_io_seconds
+
+    assert predicted(0, 50.0, 500.0) == pytest.approx(16.0)
+    assert predicted(0, 500.0, 50.0) == pytest.approx(16.0)
+    assert predicted(800, 50.0, 400.0) == pytest.approx(2.0)
+    # All of it in RAM: what the disk can do does not matter.
+    assert predicted(800, None, 400.0) == pytest.approx(2.0)
+
+
+def test_half_of_it_in_ram_is_bound_by_the_disk_that_reads_the_other_half() -> None:
+    plan = make_plan([100] * 8, 0, 200, 1, Rates(50.0, None, 1e9), ram_bytes=400)
+    assert plan.disk_bytes == 400
+    assert plan.predicted_io_seconds == pytest.approx(8.0)
+    assert plan.predicted_step_seconds == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize("link", [0.0, -1.0, math.nan])
+def test_an_impossible_link_is_refused(link: float) -> None:
+    with pytest.raises(ConfigError, match="a rate is positive"):
+        make_plan([1], 0, 1, rates=Rates(link_bytes_per_second=link))

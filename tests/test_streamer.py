@@ -398,12 +398,12 @@ def test_digests_are_recorded_once(source: Source, tmp_path: Path) -> None:
 
     stream()
     (recorded,) = digests_of(tmp_path)
-    before = recorded.stat()
+    before = recorded.stat().st_mtime_ns
     assert told.count("recording digests") == NUM_GROUPS + 1
     told.clear()
     stream()
     assert "recording digests" not in told
-    assert recorded.stat() == before
+    assert recorded.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("verify", ["first", "always"])

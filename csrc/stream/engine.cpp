@@ -78,6 +78,12 @@ bool lies_in(const std::byte* data, const File& file) {
 
 bool (*interrupted)() = &never_interrupted;
 
+Caller this_caller() {
+  static std::atomic<Caller> num_callers = 0;
+  thread_local const Caller caller = ++num_callers;
+  return caller;
+}
+
 Engine::Engine(std::vector<std::unique_ptr<File>> files, std::unique_ptr<Device> device,
                EngineOptions options)
     : process_(getpid()),
@@ -271,13 +277,13 @@ void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
   check_group(group);
   check_arena(group, nbytes);
   try {
-    const Lane caller = device_->current();
+    const Lane caller = needs_order(group, arena) ? device_->current() : Lane();
     ask(lock, group, arena, caller);
     Arena& home = arena_of(group);
     // Readers of what was held here are ordered before this call: both say that they use the arena.
     // It is held while the bytes come, too: another thread would give it another group meanwhile.
     home.is_held = hold && group_at(group).is_streamed;
-    home.holder = std::this_thread::get_id();
+    home.holder = this_caller();
     try {
       await(lock, group);
       take(group, arena, caller);
@@ -289,6 +295,14 @@ void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
     lose(lost.what());
     throw;
   }
+}
+
+// What stays, and is there, may be read at any time: while a CUDA graph is captured, too.
+bool Engine::needs_order(int group, const std::byte* arena) const {
+  const Group& wanted = group_at(group);
+  const Arena& home = arenas_[static_cast<size_t>(wanted.arena)];
+  const bool ends_use = current_ >= 0 && group_at(current_).is_streamed;
+  return wanted.is_streamed || !home.is_settled || arena != home.memory.data || ends_use;
 }
 
 // The caller goes on to this group.
@@ -312,6 +326,7 @@ void Engine::take(int group, std::byte* arena, Lane caller) {
   Arena& home = arena_of(group);
   if (!home.is_settled) device_->wait(caller, home.ready);
   home.acquired_generation = home.generation;
+  home.is_through = false;
   if (arena == home.memory.data) return;
   ++counters_.num_cloned;
   device_->copy_within(caller, arena, home.memory.data, group_at(group).nbytes);
@@ -330,8 +345,8 @@ void Engine::release(int group) {
   check_group(group);
   const Lane caller = device_->current();
   Arena& arena = arena_of(group);
-  if (arena.robbed == std::this_thread::get_id()) {
-    arena.robbed = {};
+  if (arena.robbed == this_caller()) {
+    arena.robbed = kNobody;
     fail("ThreadConflict", kOneThread);
   }
   if (!group_at(group).is_streamed && current_ == group) current_ = -1;
@@ -372,10 +387,13 @@ void Engine::wait_resident(int group) {
   arena.is_settled = arena.generation == generation;
 }
 
-void Engine::end_pass() {
+void Engine::end_pass(Caller caller) {
   const std::unique_lock lock = enter();
-  if (owner_ == std::this_thread::get_id()) owner_ = {};
-  check_not_taken_over();
+  if (owner_ == caller) {
+    owner_ = kNobody;
+    end_use();
+  }
+  check_not_taken_over(caller);
 }
 
 bool Engine::is_in_this_process() const { return getpid() == process_; }
@@ -410,11 +428,11 @@ void Engine::lose(const std::string& why) {
 // What is held needs no such care: it stays until it is released.
 void Engine::check_thread(int group) {
   if (order_.declared().empty()) return;
-  const std::thread::id me = std::this_thread::get_id();
+  const Caller me = this_caller();
   const bool is_mid_pass = current_ >= 0 && current_ != static_cast<int>(groups_.size()) - 1 &&
                            !arena_of(current_).is_held;
-  if (owner_ != std::thread::id() && owner_ != me && is_mid_pass) {
-    contested_ = std::exchange(owner_, {});
+  if (owner_ != kNobody && owner_ != me && is_mid_pass) {
+    contested_ = std::exchange(owner_, kNobody);
     was_taken_over_ = false;
     fail("ThreadConflict",
          "One streamed model runs in one thread at a time; a second thread asked for a group while "
@@ -424,15 +442,15 @@ void Engine::check_thread(int group) {
   if (contested_ == me && group_at(group).is_streamed) {
     // From the first group on it is a new pass, with nothing to lose.
     if (group == order_.declared().front()) was_taken_over_ = false;
-    check_not_taken_over();
+    check_not_taken_over(me);
   }
   if (contested_ != me) was_taken_over_ = true;
   owner_ = me;
 }
 
-void Engine::check_not_taken_over() {
-  if (contested_ != std::this_thread::get_id()) return;
-  contested_ = {};
+void Engine::check_not_taken_over(Caller caller) {
+  if (contested_ != caller) return;
+  contested_ = kNobody;
   if (was_taken_over_) fail("ThreadConflict", kOneThread);
 }
 
@@ -440,7 +458,7 @@ void Engine::check_not_taken_over() {
 // graph died half-way) is given up after a while, and told if it comes back.
 void Engine::wait_for_holder(std::unique_lock<std::mutex>& lock, int group) {
   Arena& arena = arena_of(group);
-  const std::thread::id me = std::this_thread::get_id();
+  const Caller me = this_caller();
   const Clock::time_point began = Clock::now();
   while (arena.is_held && arena.holder != me && !is_over()) {
     if (landed_.wait_for(lock, kInterruptPoll) != std::cv_status::timeout) continue;
@@ -484,6 +502,21 @@ void Engine::release_current(int next, Lane caller) {
   if (!arena.is_held) free_arena(arena, current_, caller);
 }
 
+// The readers of the group acquired last are all enqueued. It is freed by the next pass, which may
+// run on a stream that knows nothing of this one; what it waits for is known now. The group itself
+// stays: a backward pass begins with it.
+void Engine::end_use() {
+  if (current_ < 0 || !group_at(current_).is_streamed || arena_of(current_).is_held) return;
+  Arena& arena = arena_of(current_);
+  try {
+    device_->record(arena.free, device_->current());
+    arena.is_through = true;
+  } catch (const DeviceLost& lost) {
+    lose(lost.what());
+    throw;
+  }
+}
+
 // From here on the arena may be refilled, when the caller's stream has come this far.
 void Engine::free_arena(Arena& arena, int group, Lane caller) {
   // A failed or interrupted acquire got nothing.
@@ -495,7 +528,7 @@ void Engine::free_arena(Arena& arena, int group, Lane caller) {
          "). The output is wrong; this is a defect of nexus_ext, please report it.");
   }
   if (!group_at(group).is_streamed) return;
-  device_->record(arena.free, caller);
+  if (!arena.is_through) device_->record(arena.free, caller);
   if (options_.poison && !arena.is_view) {
     device_->wait(arena.lane, arena.free);
     device_->poison(arena.lane, arena.memory.data, arena.memory.nbytes);

@@ -80,6 +80,12 @@ struct GroupSpec {
 
 enum class Verify { kOff, kFirst, kAlways };
 
+// A thread that calls, by a number that no other thread gets. What one thread began another may
+// end: a backward pass may be over in another thread than it ran in.
+using Caller = int64_t;
+constexpr Caller kNobody = 0;
+Caller this_caller();
+
 class Engine {
  public:
   Engine(std::vector<std::unique_ptr<File>> files, std::unique_ptr<Device> device,
@@ -105,9 +111,9 @@ class Engine {
   void release(int group);
   // Blocks until a resident group has landed; frees nothing.
   void wait_resident(int group);
-  // The calling thread is done with the last group it acquired: another thread may begin. Throws
+  // `caller` is done with the last group it acquired: another thread may begin. Throws
   // ThreadConflict when another thread broke into the pass, whose result is then worthless.
-  void end_pass();
+  void end_pass(Caller caller);
 
   // Reads a group past the engine and hashes it: the reference that landings are compared with.
   uint64_t digest_of(int group) const;
@@ -137,8 +143,8 @@ class Engine {
     bool is_view = false;                         // lies in a file's mapping
     bool is_cloned = false;                       // see Note [Clones]
     bool is_held = false;                         // in use until release()
-    std::thread::id holder;                       // who holds it
-    std::thread::id robbed;                       // who held it too long; see wait_for_holder
+    Caller holder = kNobody;                      // who holds it
+    Caller robbed = kNobody;                      // who held it too long; see wait_for_holder
     std::optional<uint64_t> acquired_generation;  // none while nobody uses it
     State state = State::kEmpty;
     int group = -1;
@@ -150,6 +156,7 @@ class Engine {
     std::string error;
     Lane lane;                // its copies
     Event free;               // who used it last is through
+    bool is_through = false;  // and that is recorded, though it is not free yet
     Event ready;              // its last copy is done
     bool is_settled = false;  // `ready` is known to have happened
   };
@@ -186,7 +193,7 @@ class Engine {
   std::unique_lock<std::mutex> enter() const;
   void check_usable() const;
   void check_thread(int group);
-  void check_not_taken_over();
+  void check_not_taken_over(Caller caller);
   void wait_for_holder(std::unique_lock<std::mutex>& lock, int group);
   void check_group(int group) const;
   void check_arena(int group, int64_t nbytes) const;
@@ -195,11 +202,13 @@ class Engine {
   void cut_group(Group& group);
   void make_ring();
   void make_external();
+  bool needs_order(int group, const std::byte* arena) const;
   void ask(std::unique_lock<std::mutex>& lock, int group, const std::byte* arena, Lane caller);
   void distrust_clone(Arena& arena, const Group& group);
   void open_reader();
   void follow(int group);
   void release_current(int next, Lane caller);
+  void end_use();
   void free_arena(Arena& arena, int group, Lane caller);
   bool expect(int group);
   void await(std::unique_lock<std::mutex>& lock, int group);
@@ -273,9 +282,9 @@ class Engine {
   int current_ = -1;        // the group last acquired
   bool has_begun_ = false;  // something streamed was acquired
   std::vector<int> ahead_;  // what schedule() expects, kept for its memory
-  std::thread::id owner_;
+  Caller owner_ = kNobody;
   // Whose pass another thread broke into, and whether it went on to do so.
-  std::thread::id contested_;
+  Caller contested_ = kNobody;
   bool was_taken_over_ = false;
   Counters counters_;
   bool is_closing_ = false;
