@@ -318,6 +318,8 @@ void Engine::ask(std::unique_lock<std::mutex>& lock, int group, const std::byte*
   if (is_streamed) follow(group);
   Arena& home = arena_of(group);
   if (arena != home.memory.data) distrust_clone(home, group_at(group));
+  // What a graph has written back is overwritten, and not the other way round.
+  if (home.is_cloned) device_->record(home.free, caller);
   home.acquired_generation.reset();
 }
 
@@ -325,8 +327,9 @@ void Engine::ask(std::unique_lock<std::mutex>& lock, int group, const std::byte*
 void Engine::take(int group, std::byte* arena, Lane caller) {
   Arena& home = arena_of(group);
   if (!home.is_settled) device_->wait(caller, home.ready);
+  // Found as it was left, perhaps by another stream: whose readers this one's `free` must cover.
+  if (std::exchange(home.is_left, false)) device_->wait(caller, home.free);
   home.acquired_generation = home.generation;
-  home.is_through = false;
   if (arena == home.memory.data) return;
   ++counters_.num_cloned;
   device_->copy_within(caller, arena, home.memory.data, group_at(group).nbytes);
@@ -510,7 +513,7 @@ void Engine::end_use() {
   Arena& arena = arena_of(current_);
   try {
     device_->record(arena.free, device_->current());
-    arena.is_through = true;
+    arena.is_left = true;
   } catch (const DeviceLost& lost) {
     lose(lost.what());
     throw;
@@ -528,7 +531,8 @@ void Engine::free_arena(Arena& arena, int group, Lane caller) {
          "). The output is wrong; this is a defect of nexus_ext, please report it.");
   }
   if (!group_at(group).is_streamed) return;
-  if (!arena.is_through) device_->record(arena.free, caller);
+  if (!arena.is_left) device_->record(arena.free, caller);
+  arena.is_left = true;
   if (options_.poison && !arena.is_view) {
     device_->wait(arena.lane, arena.free);
     device_->poison(arena.lane, arena.memory.data, arena.memory.nbytes);
@@ -632,6 +636,7 @@ void Engine::begin(Arena& arena, int group) {
   try {
     // Who had the arena before is through with it when its first byte is overwritten.
     device_->wait(arena.lane, arena.free);
+    arena.is_left = false;
     // Reads that land there are in no lane: they begin when all that is in this one is done.
     if (lands_on_device(next)) device_->record(arena.free, arena.lane);
     const bool is_here = next.is_in_ram() && !arena.load->is_hashed();

@@ -156,7 +156,7 @@ class Engine {
     std::string error;
     Lane lane;                // its copies
     Event free;               // who used it last is through
-    bool is_through = false;  // and that is recorded, though it is not free yet
+    bool is_left = false;     // that is recorded, and nobody has waited for it yet
     Event ready;              // its last copy is done
     bool is_settled = false;  // `ready` is known to have happened
   };
