@@ -22,7 +22,8 @@ HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
 EXPLORER = ["explore", "explore_caller", "explore_engine", "explore_fibers", "explore_machine"]
 # The real engine; what it stands on and is not here, explore_machine.cpp and _fibers.cpp replace.
-ENGINE = ["stream/engine", "stream/engine_io", "stream/load", "stream/order", "stream/pinned"]
+ENGINE = ["stream/engine", "stream/engine_files", "stream/engine_io", "stream/engine_setup"]
+ENGINE += ["stream/load", "stream/order", "stream/pinned"]
 ENGINE += ["io/window", "io/rows", "io/fault", "io/page_cache", "io/reader_external"]
 ENGINE += ["common/xxh3", "common/range_absent"]
 FLAGS = "-std=c++20 -O1 -g1 -Wall -Wextra"
@@ -83,200 +84,180 @@ WORLDS |= {f"{n}-host": f"{w};host" for n, w in CLONES.items() if n != "clones-d
 # A pass that finds a group where a pass on another stream left it.
 WORLDS["found-last"] = RING + "script=0 1 2 3 e t1 3 2 1 0"
 WORLDS["found-in-mid-pass"] = RING + "script=0 1 e t1 1 0 3 2"
+WORLDS["clones-of-two-streams"] = RING + "script=c0 c1 c2 c3 e t1 c0 c1 c2 c3"
+WORLDS["clones-direct-poison"] = RING + "script=0 1 c2 c3 w2 w3 e c0;direct;poison"
+# What a graph writes back on one stream, a pass on another one does not know of.
+BACK = RING + "script=c0 c1 c2 c3 w2 w3 e t1 "
+WORLDS["clones-on-two-streams"] = BACK + "c0 c1 c2 c3"
+WORLDS["clones-then-arenas-on-two-streams"] = BACK + "0 1 2 3 e t0 c0 c1"
 # These take seconds, and would take three times as many to be looked at both ways.
 LARGE = {"many-slots", "three-by-two", "three-pieces", "errors", "errors-and-jumps", "verify"}
 # Whoever looks up and waits on is where it was: a circle, which cannot be compared with itself.
 CIRCULAR = {"polls"}
 
-# What is taken out: where, the text, what stands there instead; and the world that must miss it.
+# What is taken out: the text, what stands there instead; and the world that must miss it.
 MUTATIONS = {
     "a copy waits for the arena's readers": (
-        "stream/engine.cpp",
         "device_->wait(arena.lane, arena.free);\n    arena.is_left",
         "arena.is_left",
         "ring",
     ),
     "a freed arena says when its readers are through": (
-        "stream/engine.cpp",
         "  if (!arena.is_left) device_->record(arena.free, caller);\n",
         "",
         "ring",
     ),
     "a new arena may still have readers": (
-        "stream/engine.cpp",
         "    device_->record(arena.free, device_->current());\n  }\n  for",
         "  }\n  for",
         "early-kernel",
     ),
     "the computation waits for the copies": (
-        "stream/engine.cpp",
         "if (!home.is_settled) device_->wait(caller, home.ready);",
         "",
         "ring",
     ),
     "the last copy says that it is done": (
-        "stream/engine.cpp",
         "  device_->record(arena.ready, arena.lane);\n  arena.state",
         "  arena.state",
         "ring",
     ),
     "a slot waits for the copy out of it": (
-        "stream/engine_io.cpp",
         "if (device_->is_done(chunk.copied)) {",
         "if (true) {",
         "ring",
     ),
     "the copy out of a slot says that it is done": (
-        "stream/engine_io.cpp",
         "    device_->record(chunk.copied, arena.lane);\n",
         "",
         "ring",
     ),
     "a slot waits for its hash": (
-        "stream/engine_io.cpp",
         "if (chunk.holds_bytes && is_current(chunk)",
         "if (false && is_current(chunk)",
         "verify",
     ),
     "reads wait for stale ones": (
-        "stream/engine_io.cpp",
         " || arena.stale_in_flight > 0",
         "",
         "host-jumps",
     ),
     "a copy from RAM waits for stale reads": (
-        "stream/engine.cpp",
         "(is_here && arena.stale_in_flight == 0)",
         "is_here",
         "direct-ram",
     ),
     "stale reads are dropped": (
-        "stream/engine_io.cpp",
         "return chunk.generation == arena.generation && arena.state",
         "return arena.state",
         "errors-and-jumps",
     ),
     "a load that was replaced does not land": (
-        "stream/engine_io.cpp",
         "    if (arena.generation != generation) return;\n",
         "",
         "jumps",
     ),
     "an arena is promised once": (
-        "stream/engine.cpp",
         "  if (claims_[index] == num_schedules_) return;\n",
         "",
         "crowded",
     ),
     "the group in use keeps its arena": (
-        "stream/engine.cpp",
         "  if (current_ >= 0) want(current_);\n",
         "",
         "crowded",
     ),
     "a held group keeps its arena": (
-        "stream/engine.cpp",
         "  if (arena.is_held && arena.group != group) return;\n",
         "",
         "held",
     ),
     "a pass that ends says when its readers are through": (
-        "stream/engine.cpp",
         "    end_use();\n",
         "",
         "two-streams",
     ),
     "what another stream left is waited for": (
-        "stream/engine.cpp",
         "if (std::exchange(home.is_left, false)) device_->wait(caller, home.free);",
         "home.is_left = false;",
         "found-in-mid-pass",
     ),
     "who is through may begin anew": (
-        "stream/engine.cpp",
         "if (std::exchange(home.is_left, false))",
         "if (home.is_left)",
         "there-and-back",
     ),
     "poison waits for the readers": (
-        "stream/engine.cpp",
         "    device_->wait(arena.lane, arena.free);\n    device_->poison",
         "    device_->poison",
         "poison",
     ),
     "poisoned is empty": (
-        "stream/engine.cpp",
         "    arena.state = State::kEmpty;\n    arena.group = -1;\n",
         "",
         "poison",
     ),
     "a direct read waits for the arena's lane": (
-        "stream/engine.cpp",
         "    if (lands_on_device(next)) device_->record(arena.free, arena.lane);\n",
         "",
         "direct-jumps",
     ),
     "a direct read waits for the arena's readers": (
-        "stream/engine_io.cpp",
         "if (lands_on_device(group) && !device_->is_done(arena.free)) {",
         "if (false) {",
         "direct",
     ),
     "what is loaded anew is not settled": (
-        "stream/engine.cpp",
         "  arena.is_settled = false;\n",
         "",
         "verify-late",
     ),
     "a resident is waited for": (
-        "stream/engine.cpp",
-        "    device_->block(arena.ready);\n",
-        "",
+        "    device_->block(arena.ready);\n  }\n",
+        "  }\n",
         "resident",
     ),
     "a digest waits for its bytes": (
-        "stream/engine_io.cpp",
         "    device_->block(arena.ready);\n    hash",
         "    hash",
         "direct-verify",
     ),
     "landing wakes the caller": (
-        "stream/engine.cpp",
         "  ++counters_.num_landed;\n  landed_.notify_all();\n",
         "  ++counters_.num_landed;\n",
         "ring",
     ),
     "scheduling wakes the engine's thread": (
-        "stream/engine.cpp",
         "if (!queue_.empty() || !left_behind_.empty()) work_.notify_one();",
         "",
         "ring",
     ),
     "what stands in a cloned arena is not believed later": (
-        "stream/engine.cpp",
         "  if (arena.is_cloned) arena.state = State::kEmpty;\n",
         "",
         "clones-twice-host",
     ),
     "what a graph wrote back comes before what is loaded": (
-        "stream/engine.cpp",
-        "  if (home.is_cloned) device_->record(home.free, caller);\n",
+        "    device_->wait(caller, home.free);\n    device_->record(home.free, caller);\n",
         "",
         "clones",
     ),
+    "who clones waits for who had the arena before": (
+        "    device_->wait(caller, home.free);\n    device_->record(home.free, caller);\n",
+        "    device_->record(home.free, caller);\n",
+        "clones-of-two-streams",
+    ),
     "a cloned arena is not loaded ahead": (
-        "stream/engine.cpp",
         "  if (arena.is_cloned && std::ranges::find(awaited_, group) == awaited_.end()) return;\n",
         "",
         "clones-host",
     ),
     "closing waits for reads": (
-        "stream/engine.cpp",
         "  if (thread_.joinable()) thread_.join();\n",
         "",
         "close",
     ),
-    "closing waits for copies": ("stream/engine.cpp", "  device_->drain();\n", "", "close"),
+    "closing waits for copies": ("  device_->drain();\n", "", "close"),
 }
 
 
@@ -345,14 +326,16 @@ def test_every_interleaving_of_a_world_is_right(explorer: Path, name: str) -> No
 @pytest.fixture(scope="module")
 def found_without(objects: list[Path], folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
     """By mutation, what its world's exploration says of an engine that has it."""
+    sources = sorted((folder / "csrc" / "stream").glob("engine*.cpp"))
 
     def explore_without(number: int, what: str) -> subprocess.CompletedProcess[str]:
-        file, text, instead, world = MUTATIONS[what]
-        source = folder / f"mutant_{number}" / Path(file).name
+        text, instead, world = MUTATIONS[what]
+        holders = [path for path in sources if text in path.read_text()]
+        count = sum(path.read_text().count(text) for path in holders)
+        assert count == 1, f"{what}: the text is there {count} times"
+        source = folder / f"mutant_{number}" / holders[0].name
         source.parent.mkdir()
-        whole = (folder / "csrc" / file).read_text()
-        assert whole.count(text) == 1, f"{what}: the text is there {whole.count(text)} times"
-        source.write_text(whole.replace(text, instead))
+        source.write_text(holders[0].read_text().replace(text, instead))
         mutated = compile_one(source, folder, source.parent)
         others = [path for path in objects if path.name != mutated.name]
         explorer = link([*others, mutated], source.parent / "explore")

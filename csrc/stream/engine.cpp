@@ -1,31 +1,20 @@
 // The caller's side of the engine: acquire, release, and what to load next.
 #include "stream/engine.h"
 
-#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
+#include <atomic>
 #include <chrono>
-#include <cstring>
-#include <limits>
-#include <set>
 #include <utility>
 
+#include "common/bounds.h"
+#include "common/clock.h"
 #include "common/error.h"
-#include "common/json.h"
 #include "common/unlocked.h"
-#include "io/page_cache.h"
-#include "io/reader_split.h"
 
 namespace nexus {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-int64_t since_ns(Clock::time_point begin) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
-}
 
 // How often a waiting caller looks for Ctrl-C.
 constexpr std::chrono::milliseconds kInterruptPoll{50};
@@ -33,46 +22,11 @@ constexpr std::chrono::milliseconds kInterruptPoll{50};
 // A thread that holds a group this long, while another one waits for it, may be gone for good.
 constexpr std::chrono::seconds kHoldPatience{10};
 
-// Rows are small and far apart: a disk serves this many seeks at once nearly as fast as one.
-constexpr int kRowDepth = 8;
-
 constexpr const char* kOneThread =
     "One streamed model runs in one thread at a time; another thread began a pass in the middle of "
     "this one, whose weights may have been overwritten. Serialise the calls.";
 
-// What a disk that writes into a device's memory wants: pages of the file. Where their place on the
-// device begins in mid-page it is slower, and as right.
-constexpr Alignment kDeviceAlignment = {.memory = 1, .offset = 4096};
-
-// One that is read into, one that is copied from, one that is waited for.
-constexpr int kFewestSlots = 3;
-
-// Half as many slots again as reads in flight: while one answer is copied out, the queue stays
-// full.
-int num_slots(int depth) { return depth + depth / 2; }
-
 bool never_interrupted() { return false; }
-
-bool is_index(int index, size_t count) { return index >= 0 && index < static_cast<int>(count); }
-
-// Whether [offset, offset + nbytes) lies in [0, size), without overflow.
-bool is_range(int64_t offset, int64_t nbytes, int64_t size) {
-  return offset >= 0 && nbytes >= 0 && nbytes <= size && offset <= size - nbytes;
-}
-
-void check_order(const std::vector<int>& order, size_t num_groups) {
-  std::set<int> seen;
-  for (const int group : order) {
-    if (!is_index(group, num_groups) || !seen.insert(group).second) {
-      fail("EngineError", "The order names groups in [0, ", num_groups, "), each once; got ", group,
-           ".");
-    }
-  }
-}
-
-bool lies_in(const std::byte* data, const File& file) {
-  return file.mapping() != nullptr && data >= file.mapping() && data < file.mapping() + file.size();
-}
 
 }  // namespace
 
@@ -82,194 +36,6 @@ Caller this_caller() {
   static std::atomic<Caller> num_callers = 0;
   thread_local const Caller caller = ++num_callers;
   return caller;
-}
-
-Engine::Engine(std::vector<std::unique_ptr<File>> files, std::unique_ptr<Device> device,
-               EngineOptions options)
-    : process_(getpid()),
-      files_(std::move(files)),
-      options_(std::move(options)),
-      device_(std::move(device)) {
-  rung_ = prepare_files(files_, options_.mode);
-  if (rung_.io == "gds" && device_->is_host()) {
-    fail("ConfigError",
-         "io=\"gds\" reads into the memory of a GPU; the device is \"cpu\". Use io=\"direct\".");
-  }
-}
-
-Engine::~Engine() { close(); }
-
-void Engine::attach(std::vector<ArenaMemory> arenas, const std::vector<GroupSpec>& groups,
-                    const std::vector<int>& order, int lookahead) {
-  const std::unique_lock lock = enter();
-  if (!arenas_.empty()) fail("EngineError", "An engine is attached once; open another one.");
-  for (const GroupSpec& spec : groups) check_spec(spec, arenas);
-  check_order(order, groups.size());
-  for (ArenaMemory& memory : arenas) {
-    Arena& arena = arenas_.emplace_back();
-    arena.memory = std::move(memory);
-    arena.is_view = std::any_of(files_.begin(), files_.end(), [&](const auto& file) {
-      return lies_in(arena.memory.data, *file);
-    });
-    if (!arena.is_view) device_->prepare(arena.memory.data, arena.memory.nbytes);
-    arena.lane = device_->make_lane();
-    arena.ready = device_->make_event();
-    arena.free = device_->make_event();
-    // An allocator gives out memory that work enqueued earlier may still read.
-    device_->record(arena.free, device_->current());
-  }
-  for (const GroupSpec& spec : groups) add_group(spec);
-  order_ = Order(order);
-  lookahead_ = lookahead;
-  claims_.resize(arenas_.size());
-  for (const int group : order) group_at(group).is_streamed = true;
-  for (int i = 0; i < static_cast<int>(groups_.size()); ++i) {
-    if (!group_at(i).is_streamed) residents_.push_back(i);
-  }
-  open_reader();
-  schedule();
-  thread_ = std::thread([this] { run(); });
-}
-
-// Reads go where a group says: outside its arena they would overwrite anything.
-void Engine::check_spec(const GroupSpec& spec, const std::vector<ArenaMemory>& arenas) const {
-  if (!is_index(spec.arena, arenas.size()) || spec.nbytes < 0 ||
-      spec.nbytes > arenas[static_cast<size_t>(spec.arena)].nbytes) {
-    fail("EngineError", "A group must fit into an arena that exists; got arena ", spec.arena,
-         " of ", arenas.size(), " for ", spec.nbytes, " bytes.");
-  }
-  for (const Extent& extent : spec.extents) {
-    if (!is_index(extent.file, files_.size()) ||
-        !is_range(extent.offset, extent.nbytes, std::numeric_limits<int64_t>::max()) ||
-        !is_range(extent.group_offset, extent.nbytes, spec.nbytes)) {
-      fail("EngineError", "An extent must lie in a file and in its group; got file ", extent.file,
-           " of ", files_.size(), ", ", extent.nbytes, " bytes at offset ", extent.offset,
-           ", at byte ", extent.group_offset, " of a group of ", spec.nbytes, ".");
-    }
-  }
-}
-
-void Engine::add_group(const GroupSpec& spec) {
-  Group& group = groups_.emplace_back();
-  group.arena = spec.arena;
-  group.nbytes = spec.nbytes;
-  group.is_brief = spec.is_brief;
-  group.stays_in_ram = spec.stays_in_ram && !device_->is_host();
-  group.extents = spec.extents;
-  cut_group(group);
-}
-
-// Cuts the group's extents for the place where its reads will land.
-void Engine::cut_group(Group& group) {
-  const std::byte* landing = arenas_[static_cast<size_t>(group.arena)].memory.data;
-  if (group.stays_in_ram) {
-    // Only its place in a page matters, and that is known before the memory is.
-    landing = reinterpret_cast<const std::byte*>(group.ram_phase());
-  } else if (!device_->is_host() && rung_.io != "gds") {
-    landing = nullptr;
-  }
-  group.pieces.clear();
-  group.files.clear();
-  for (const Extent& extent : group.extents) {
-    const File& file = *files_[static_cast<size_t>(extent.file)];
-    const Alignment& alignment = lands_on_device(group) ? kDeviceAlignment : file.alignment();
-    cut(extent, landing, alignment, options_.mode.chunk_bytes, group.pieces);
-    if (std::find(group.files.begin(), group.files.end(), extent.file) == group.files.end()) {
-      group.files.push_back(extent.file);
-    }
-  }
-}
-
-void Engine::open_reader() {
-  const bool is_staged = std::any_of(groups_.begin(), groups_.end(), [](const Group& group) {
-    return std::any_of(group.pieces.begin(), group.pieces.end(),
-                       [](const Piece& piece) { return piece.staged; });
-  });
-  Buffers buffers;
-  for (const int group : order_.declared()) {
-    if (!device_->is_host()) break;
-    Arena& arena = arena_of(group);
-    const std::span<std::byte> memory(arena.memory.data, static_cast<size_t>(arena.memory.nbytes));
-    if (std::none_of(buffers.begin(), buffers.end(),
-                     [&](const auto& known) { return known.data() == memory.data(); })) {
-      buffers.push_back(memory);
-    }
-  }
-  // A group that finds no room in RAM after all is staged like the others.
-  if (is_staged || !device_->is_host()) {
-    make_ring();
-    buffers.push_back(staging_->memory());
-  }
-  make_reader(rung_, options_.mode, buffers);
-  if (rung_.io == "gds") make_external();
-  if (options_.has_faults) {
-    rung_.reader = make_faulty_reader(std::move(rung_.reader), options_.faults, &fault_counts_);
-  }
-  chunks_.resize(static_cast<size_t>(num_slots(rung_.reader->depth())));
-  if (staging_ != nullptr) {
-    chunks_.resize(std::min(chunks_.size(), static_cast<size_t>(staging_->num_slots())));
-  }
-  for (Chunk& chunk : chunks_) chunk.copied = device_->make_event();
-}
-
-// What lands on the device is read by somebody else, the rest as ever.
-void Engine::make_external() {
-  std::vector<const File*> files;
-  for (const auto& file : files_) files.push_back(file.get());
-  external_ = std::make_shared<ExternalReader>(rung_.reader->depth(), "gds", std::move(files));
-  rung_.reader =
-      make_split_reader(std::move(rung_.reader), external_, [this](const std::byte* buffer) {
-        return std::ranges::any_of(arenas_, [buffer](const Arena& arena) {
-          const std::byte* begin = arena.memory.data;
-          return std::less_equal<>()(begin, buffer) &&
-                 std::less<>()(buffer, begin + arena.memory.nbytes);
-        });
-      });
-}
-
-// As large as it was asked for, if the device takes it; else smaller, else not page-locked: slower,
-// but never an error.
-void Engine::make_ring() {
-  int64_t largest_slot = slot_bytes(kDeviceAlignment, options_.mode.chunk_bytes);
-  for (const auto& file : files_) {
-    largest_slot = std::max(largest_slot, slot_bytes(file->alignment(), options_.mode.chunk_bytes));
-  }
-  const int depth = options_.mode.depth > 0 ? options_.mode.depth : kLargestDefaultDepth;
-  const int wanted = options_.num_slots > 0 ? options_.num_slots : num_slots(depth);
-  for (int count = wanted; count >= kFewestSlots; count /= 2) {
-    staging_ = std::make_unique<Staging>(count, largest_slot);
-    try {
-      staging_lock_ =
-          std::make_unique<PinnedLock>(*device_, staging_->memory(), staging_->stride());
-      return;
-    } catch (const DeviceLost&) {
-      throw;
-    } catch (const Error& refused) {
-      pin_refusal_ = refused.what();
-    }
-  }
-  staging_ = std::make_unique<Staging>(wanted, largest_slot);
-}
-
-void Engine::set_digests(const std::vector<uint64_t>& digests, Verify verify) {
-  const std::unique_lock lock = enter();
-  if (digests.size() != groups_.size()) {
-    fail("EngineError", "Every group needs its digest; got ", digests.size(), " for ",
-         groups_.size(), " groups.");
-  }
-  for (size_t i = 0; i < digests.size(); ++i) {
-    groups_[i].digest = digests[i];
-    groups_[i].is_verified = false;
-  }
-  verify_ = verify;
-  if (verify_ == Verify::kOff) return;
-  // What landed unseen is not trusted, except where somebody computes with it now.
-  for (Arena& arena : arenas_) {
-    if (arena.group < 0 || arena.acquired_generation) continue;
-    if (!group_at(arena.group).is_streamed) residents_.push_back(arena.group);
-    begin(arena, arena.group);
-  }
-  schedule();
 }
 
 void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
@@ -319,7 +85,10 @@ void Engine::ask(std::unique_lock<std::mutex>& lock, int group, const std::byte*
   Arena& home = arena_of(group);
   if (arena != home.memory.data) distrust_clone(home, group_at(group));
   // What a graph has written back is overwritten, and not the other way round.
-  if (home.is_cloned) device_->record(home.free, caller);
+  if (home.is_cloned) {
+    device_->wait(caller, home.free);
+    device_->record(home.free, caller);
+  }
   home.acquired_generation.reset();
 }
 
@@ -505,15 +274,20 @@ void Engine::release_current(int next, Lane caller) {
   if (!arena.is_held) free_arena(arena, current_, caller);
 }
 
-// The readers of the group acquired last are all enqueued. It is freed by the next pass, which may
-// run on a stream that knows nothing of this one; what it waits for is known now. The group itself
-// stays: a backward pass begins with it.
+// All that the pass does with arenas is enqueued. They are refilled in the next one, which may run
+// on a stream that knows nothing of this one; what that must wait for is known now. The last group
+// itself stays: a backward pass begins with it. What was cloned a graph may have written back.
 void Engine::end_use() {
-  if (current_ < 0 || !group_at(current_).is_streamed || arena_of(current_).is_held) return;
-  Arena& arena = arena_of(current_);
+  const bool is_last = current_ >= 0 && group_at(current_).is_streamed;
   try {
-    device_->record(arena.free, device_->current());
-    arena.is_left = true;
+    for (Arena& arena : arenas_) {
+      if (arena.is_held || !(arena.is_cloned || (is_last && &arena == &arena_of(current_))))
+        continue;
+      const Lane caller = device_->current();
+      if (arena.is_cloned) device_->wait(caller, arena.free);
+      device_->record(arena.free, caller);
+      arena.is_left = true;
+    }
   } catch (const DeviceLost& lost) {
     lose(lost.what());
     throw;
@@ -682,166 +456,6 @@ void Engine::fail_load(Arena& arena, const std::runtime_error& error) {
   ++counters_.num_failed;
   landed_.notify_all();
   if (dynamic_cast<const DeviceLost*>(&error) != nullptr) lose(error.what());
-}
-
-uint64_t Engine::digest_of(int group) const {
-  {
-    const std::unique_lock lock = enter();
-    check_group(group);
-  }
-  Xxh3 hash;
-  std::vector<std::byte> buffer(static_cast<size_t>(options_.mode.chunk_bytes));
-  for (const Piece& piece : group_at(group).pieces) {
-    const File& file = *files_[static_cast<size_t>(piece.file)];
-    for (int64_t done = 0; done < piece.nbytes;) {
-      const ssize_t count = pread(file.buffered_descriptor(), buffer.data(),
-                                  static_cast<size_t>(piece.nbytes - done), piece.offset + done);
-      if (count < 0 && errno == EINTR) continue;
-      if (count <= 0) {
-        fail(count < 0 ? "ReadError" : "TruncatedCheckpoint", "Cannot read ", file.path(),
-             " at offset ", piece.offset + done,
-             " for its digest: ", count < 0 ? std::strerror(errno) : "the file ends there", ".");
-      }
-      hash.update(buffer.data(), static_cast<size_t>(count));
-      done += count;
-    }
-    file.drop(piece.offset, piece.nbytes);
-  }
-  return hash.digest();
-}
-
-void Engine::read_rows(int file, const Table& table, std::span<const int64_t> rows,
-                       std::byte* out) {
-  {
-    const std::unique_lock lock = enter();
-    if (!is_index(file, files_.size()) || table.row_bytes <= 0 || table.num_rows < 0 ||
-        table.num_rows > std::numeric_limits<int64_t>::max() / table.row_bytes ||
-        !is_range(table.offset, table.num_rows * table.row_bytes,
-                  files_[static_cast<size_t>(file)]->size())) {
-      fail("EngineError", "A table lies inside a file; got ", table.num_rows, " rows of ",
-           table.row_bytes, " bytes at offset ", table.offset, " of file ", file, " of ",
-           files_.size(), ".");
-    }
-    if (rows_ == nullptr) {
-      auto reader = make_threads_reader(kRowDepth, options_.mode.trailing_drop);
-      if (options_.has_faults) {
-        reader = make_faulty_reader(std::move(reader), options_.faults, &fault_counts_);
-      }
-      rows_ = std::make_unique<RowReader>(std::move(reader));
-    }
-  }
-  rows_->read(*files_[static_cast<size_t>(file)], table, rows, out);
-}
-
-void Engine::prefault(bool background) {
-  enter().unlock();
-  if (prefault_thread_.joinable()) prefault_thread_.join();
-  prefault_thread_ = std::thread([this] {
-    const Clock::time_point began = Clock::now();
-    const int num_threads = std::max(2u, std::thread::hardware_concurrency());
-    for (const auto& file : files_) {
-      if (file->mapping() == nullptr) continue;
-      prefault_bytes_ +=
-          populate_parallel(file->mapping(), file->size(), num_threads, &cancel_prefault_);
-    }
-    prefault_ns_ = since_ns(began);
-  });
-  if (!background) prefault_thread_.join();
-}
-
-std::shared_ptr<std::byte> Engine::map(int file, int64_t offset, int64_t nbytes) const {
-  if (!is_index(file, files_.size()) || files_[static_cast<size_t>(file)]->mapping() == nullptr) {
-    fail("EngineError", "Only files opened with io=\"mmap\" are mapped; got file ", file, " of ",
-         files_.size(), ".");
-  }
-  const File& mapped = *files_[static_cast<size_t>(file)];
-  if (!is_range(offset, nbytes, mapped.size())) {
-    fail("EngineError", "A view lies inside its file; got ", nbytes, " bytes at offset ", offset,
-         " of ", mapped.path(), " with ", mapped.size(), " bytes.");
-  }
-  return {mapped.shared_mapping(), mapped.mapping() + offset};
-}
-
-std::string Engine::stats() const {
-  const std::unique_lock lock = enter();
-  const Counters& c = counters_;
-  // A file may have been refused direct reads after the start.
-  std::string refusal = rung_.refusal;
-  bool is_direct = rung_.io == "direct";
-  for (const auto& file : files_) {
-    if (is_direct && !file->is_direct()) {
-      is_direct = false;
-      refusal = concat("O_DIRECT is refused for ", file->path(), ": ", file->refusal());
-    }
-  }
-  const RowCounts rows = rows_ == nullptr ? RowCounts() : rows_->counts();
-  JsonObject out;
-  out.add("io_mode", rung_.io == "direct" && !is_direct ? "buffered" : rung_.io)
-      .add("reader", rung_.reader == nullptr ? std::string() : rung_.reader->name())
-      .add("refusal", refusal)
-      .add("depth", static_cast<int64_t>(rung_.reader == nullptr ? 0 : rung_.reader->depth()))
-      .add("chunk_bytes", options_.mode.chunk_bytes)
-      .add("staging_bytes", staging_ == nullptr ? int64_t{0} : staging_->nbytes())
-      .add("num_slots", static_cast<int64_t>(staging_ == nullptr ? 0 : staging_->num_slots()))
-      .add("device", device_->name())
-      .add("is_pinned", staging_lock_ != nullptr && !device_->is_host())
-      .add("pin_refusal", pin_refusal_)
-      .add("ram_bytes", ram_bytes_)
-      .add("num_views", static_cast<int64_t>(std::count_if(arenas_.begin(), arenas_.end(),
-                                                           [](auto& a) { return a.is_view; })))
-      .add("bytes_read", c.bytes_read)
-      .add("bytes_direct", c.bytes_direct)
-      .add("bytes_staged", c.bytes_staged)
-      .add("num_reads", c.num_reads)
-      .add("num_short_reads", c.num_short_reads)
-      .add("num_retries", c.num_retries)
-      .add("num_in_flight", static_cast<int64_t>(num_in_flight_))
-      .add("num_stale_reads", c.num_stale_reads)
-      .add("num_loads", c.num_loads)
-      .add("num_landed", c.num_landed)
-      .add("num_failed", c.num_failed)
-      .add("num_hits", c.num_hits)
-      .add("num_resident_hits", c.num_resident_hits)
-      .add("num_waits", c.num_waits)
-      .add("num_mispredicted", c.num_mispredicted)
-      .add("num_verified", c.num_verified)
-      .add("num_healed", c.num_healed)
-      .add("num_dropped", c.num_dropped)
-      .add("num_cloned", c.num_cloned)
-      .add("num_copies", c.num_copies)
-      .add("bytes_copied", c.bytes_copied)
-      .add("num_ram_loads", c.num_ram_loads)
-      .add("num_blocks", c.num_blocks)
-      .add("num_rows", rows.rows)
-      .add("num_row_reads", rows.reads)
-      .add("num_row_retries", rows.second)
-      .add("row_bytes_read", rows.bytes)
-      .add("stall_seconds", static_cast<double>(c.stall_ns) * 1e-9)
-      .add("busy_seconds", static_cast<double>(c.busy_ns) * 1e-9)
-      .add("prefault_bytes", prefault_bytes_.load())
-      .add("prefault_seconds", static_cast<double>(prefault_ns_.load()) * 1e-9)
-      .add("num_injected_errors", fault_counts_.errors.load())
-      .add("num_injected_retries", fault_counts_.retries.load())
-      .add("num_injected_shorts", fault_counts_.shorts.load())
-      .add("num_injected_delays", fault_counts_.delays.load())
-      .add("num_injected_flips", fault_counts_.flips.load())
-      .add("num_injected_refusals", fault_counts_.refusals.load());
-  return out.str();
-}
-
-void Engine::close() {
-  {
-    std::lock_guard lock(mutex_);
-    is_closing_ = true;
-    cancel_prefault_ = true;
-  }
-  work_.notify_all();
-  landed_.notify_all();
-  if (external_ != nullptr) external_->stop();
-  if (thread_.joinable()) thread_.join();
-  if (prefault_thread_.joinable()) prefault_thread_.join();
-  // Arenas go back to their allocator, slots to the kernel: nothing may be on its way to either.
-  device_->drain();
 }
 
 }  // namespace nexus

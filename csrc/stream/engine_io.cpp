@@ -1,19 +1,17 @@
 // The I/O thread's side of the engine: pieces out, bytes in, groups landed.
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <cstring>
 #include <utility>
 
 #include "common/align.h"
+#include "common/clock.h"
 #include "common/error.h"
 #include "common/unlocked.h"
 #include "stream/engine.h"
 
 namespace nexus {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 // EINTR and EAGAIN are invitations to try again, but not for ever.
 constexpr int kMaxAttempts = 64;
@@ -90,8 +88,7 @@ void Engine::take_completion(std::unique_lock<std::mutex>& lock) {
   complete(*std::find_if(chunks_.begin(), chunks_.end(),
                          [request](const Chunk& c) { return &c.request == request; }),
            lock);
-  counters_.busy_ns +=
-      std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - began).count();
+  counters_.busy_ns += since_ns(began);
 }
 
 // Fills the reader from the queue.
