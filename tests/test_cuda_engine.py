@@ -155,7 +155,7 @@ def test_a_group_is_acquired_again_on_another_stream(bench: Any, gpu: Any) -> No
 @pytest.mark.parametrize("in_ram", [[], [1, 3]], ids=["disk", "ram"])
 @pytest.mark.parametrize("verify", ["first", "always"])
 def test_flipped_bits_heal_or_are_refused(bench: Any, verify: str, in_ram: list[int]) -> None:
-    faults = Faults(seed=5, flip_ppm=200_000)
+    faults = Faults(seed=5, flip_ppm=500_000)
     rig = bench.rig(verify=verify, faults=faults, in_ram=in_ram, num_arenas=2)
     refused = 0
     # Which read is hit depends on which comes first.
@@ -179,16 +179,18 @@ def test_bytes_are_hashed_in_order_whatever_the_order_they_come_in(bench: Any) -
     rig = bench.rig(verify="always", faults=faults, num_slots=3, use_uring=False)
     rig.sweep(passes=3)
     assert rig.num_wrong() == 0
-    assert rig.stats["num_verified"] == rig.stats["num_landed"] >= 13
-    assert rig.stats["num_failed"] == 0
+    stats = rig.stats  # one look: the next pass is under way
+    assert stats["num_verified"] == stats["num_landed"] >= 13
+    assert stats["num_failed"] == 0
 
 
 def test_what_lies_in_ram_is_hashed_again_when_it_is_always_verified(bench: Any) -> None:
     rig = bench.rig(verify="always", in_ram=range(5), num_arenas=2)
     rig.sweep(passes=3)
     assert rig.num_wrong() == 0
-    assert rig.stats["num_verified"] == rig.stats["num_landed"]
-    assert rig.stats["num_ram_loads"] >= 8
+    stats = rig.stats
+    assert stats["num_verified"] == stats["num_landed"]
+    assert stats["num_ram_loads"] >= 8
 
 
 # -- errors of the disk ----------------------------------------------------------------------------
@@ -196,7 +198,7 @@ def test_what_lies_in_ram_is_hashed_again_when_it_is_always_verified(bench: Any)
 
 @pytest.mark.parametrize("in_ram", [[], range(5)], ids=["disk", "ram"])
 def test_a_failed_read_is_typed_and_can_be_repeated(bench: Any, in_ram: list[int]) -> None:
-    rig = bench.rig(faults=Faults(seed=3, errno_ppm=100_000), in_ram=in_ram, num_arenas=2)
+    rig = bench.rig(faults=Faults(seed=3, errno_ppm=200_000), in_ram=in_ram, num_arenas=2)
     for _ in range(4):
         for group in range(5):
             while True:
