@@ -23,6 +23,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --constraint $(CONSTRAINT)
 # What it declares besides is a CUDA toolkit, which its reads do not need.
 KVIKIO := kvikio-cu13 libkvikio-cu13 rapids-logger nvidia-cufile cuda-pathfinder
 CSRC := $(sort $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu'))
+TEST_CSRC := $(sort $(shell find tests -name '*.h' -o -name '*.cpp'))
 # The one about GPUs is run by `make gpu`.
 BENCHMARKS := $(filter-out benchmarks/bench_gpu.py,$(sort $(wildcard benchmarks/bench_*.py)))
 STAMP := $(VENV)/.nexus-setup
@@ -90,7 +91,7 @@ gpu: gpu-site
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(TEST_CSRC)
 
 types: setup
 	$(BIN)/mypy

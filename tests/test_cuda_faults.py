@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from nexus_ext.errors import DeviceError, DeviceLost, EngineClosed, NexusError
 
@@ -205,3 +206,21 @@ def test_a_group_that_finds_no_room_in_ram_is_read_whenever_it_is_needed(
     assert 2 * 150 * KIB <= stats["ram_bytes"] <= 2 * 160 * KIB
     assert stats["num_ram_loads"] > 0
     assert "OUT_OF_MEMORY" in stats["pin_refusal"]
+
+
+def test_what_stays_may_be_captured(bench: Any, sim_gpu: Any) -> None:
+    """Nothing has to be ordered with what is there for good."""
+    rig = bench.rig(bench.groups(count=4), num_resident=2, num_arenas=2)
+    rig.engine.wait(0)
+    rig.engine.wait(1)
+    sim_gpu.sim.set_capturing(sim_gpu._current, 1)
+    for _ in range(2):
+        for group in (0, 1):
+            rig.engine.acquire(group, rig.arenas[group])
+            group_id = rig.engine.group_id(group)
+            turn = torch.zeros(1, dtype=torch.uint8)
+            torch.ops.nexus.acquire_.held(rig.arenas[group], turn, turn, group_id)
+            torch.ops.nexus.release_(rig.arenas[group], turn, [], group_id)
+    sim_gpu.sim.set_capturing(sim_gpu._current, 0)
+    rig.sweep(passes=2)
+    assert rig.num_wrong() == 0

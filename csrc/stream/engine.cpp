@@ -115,7 +115,7 @@ void Engine::follow(int group) {
 void Engine::release(int group) {
   const std::unique_lock lock = enter();
   check_group(group);
-  const Lane caller = device_->current();
+  const Lane caller = group_at(group).is_streamed ? device_->current() : Lane();
   Arena& arena = arena_of(group);
   if (arena.robbed == this_caller()) {
     arena.robbed = kNobody;
@@ -281,8 +281,8 @@ void Engine::end_use() {
   const bool is_last = current_ >= 0 && group_at(current_).is_streamed;
   try {
     for (Arena& arena : arenas_) {
-      if (arena.is_held || !(arena.is_cloned || (is_last && &arena == &arena_of(current_))))
-        continue;
+      const bool is_used = is_last && &arena == &arena_of(current_);
+      if (arena.is_held || !(arena.is_cloned || is_used)) continue;
       const Lane caller = device_->current();
       if (arena.is_cloned) device_->wait(caller, arena.free);
       device_->record(arena.free, caller);
