@@ -49,7 +49,7 @@ def test_what_is_written_is_converted(asked: dict[str, Any], got: dict[str, Any]
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"io": "warp"}, "io must be one of auto, direct, buffered, mmap; got 'warp'"),
+        ({"io": "warp"}, "io must be one of auto, direct, buffered, mmap, gds; got 'warp'"),
         ({"io": None}, "got None"),
         ({"verify": "on"}, "verify must be one of off, first, always; got 'on'"),
         ({"verify": True}, "got True"),
