@@ -47,6 +47,7 @@ DRIVER_CALLS = [name for name in simcuda.DRIVER if name.startswith("cu")]
 DESCRIBING = ["cuGetErrorName", "cuGetErrorString"]
 OF_LIBRARY = [*DESCRIBING, "cuInit", "cuDriverGetVersion", "cuGetProcAddress_v2"]
 WITHOUT_CONTEXT = [
+    "cuThreadExchangeStreamCaptureMode",
     *OF_LIBRARY,
     *(name for name in DRIVER_CALLS if name.startswith(("cuDevice", "cuPointer"))),
     *(name for name in DRIVER_CALLS if name.startswith("cuCtx") and name != "cuCtxGetDevice"),
