@@ -13,6 +13,7 @@ noticed, and by bytes; the same rig with nothing left out is right under the see
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -114,3 +115,20 @@ def test_a_ring_that_is_full_waits_for_its_copies_and_not_for_all(bench: Any, si
     stats = rig.stats
     assert stats["num_slots"] == 3
     assert stats["num_copies"] > 20
+
+
+def test_reads_go_on_until_every_slot_waits_for_its_copy(bench: Any, sim_gpu: Any) -> None:
+    """No copy may begin while the arenas are in use: the ring fills, and then the reader stops."""
+    sim_gpu.sim.hold_stream(sim_gpu._current)
+    sim_gpu.delay(1)  # what had the arenas' memory before
+    groups = bench.groups(count=4, nbytes=400 * KIB)
+    rig = bench.rig(groups, num_arenas=4, num_slots=20, depth=4)
+    deadline = time.monotonic() + 60
+    while rig.stats["num_reads"] < 20 or rig.stats["num_in_flight"]:
+        assert time.monotonic() < deadline, rig.stats
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert rig.stats["num_reads"] == rig.stats["num_slots"] == 20
+    sim_gpu.sim.hold_stream(sim_gpu._current, False)
+    rig.sweep(passes=2)
+    assert rig.num_wrong() == 0

@@ -163,10 +163,12 @@ void Engine::open_reader() {
   if (options_.has_faults) {
     rung_.reader = make_faulty_reader(std::move(rung_.reader), options_.faults, &fault_counts_);
   }
-  chunks_.resize(static_cast<size_t>(num_slots(rung_.reader->depth())));
+  // A device's ring is as large as its rates want it; elsewhere slots only bridge a copy.
+  int count = num_slots(rung_.reader->depth());
   if (staging_ != nullptr) {
-    chunks_.resize(std::min(chunks_.size(), static_cast<size_t>(staging_->num_slots())));
+    count = device_->is_host() ? std::min(count, staging_->num_slots()) : staging_->num_slots();
   }
+  chunks_.resize(static_cast<size_t>(count));
   for (Chunk& chunk : chunks_) chunk.copied = device_->make_event();
 }
 
