@@ -145,9 +145,13 @@ void engine_attach(int64_t engine, std::vector<Tensor> arenas, Ints groups, Ints
     memory.push_back({std::make_shared<Tensor>(arena), bytes_of(arena), arena.numel()});
   }
   std::vector<GroupSpec> specs;
-  for (size_t i = 0; i < groups.size(); i += 4) {
-    specs.push_back(
-        {number(groups[i]), groups.at(i + 1), groups.at(i + 2) != 0, groups.at(i + 3) != 0, {}});
+  for (size_t i = 0; i < groups.size(); i += 5) {
+    specs.push_back({number(groups[i]),
+                     groups.at(i + 1),
+                     groups.at(i + 2) != 0,
+                     groups.at(i + 3) != 0,
+                     {},
+                     groups.at(i + 4) != 0});
   }
   for (size_t i = 0; i < extents.size(); i += 5) {
     specs.at(static_cast<size_t>(extents[i]))
@@ -175,6 +179,23 @@ int64_t engine_digest(int64_t engine, int64_t group) {
 void engine_wait(int64_t engine, int64_t group) {
   find_engine(engine)->wait_resident(number(group));
 }
+
+std::vector<int> numbers(const Ints& values) {
+  std::vector<int> all;
+  for (const int64_t value : values) all.push_back(number(value));
+  return all;
+}
+
+void engine_place(int64_t engine, Ints groups, Ints arenas, bool is_ahead) {
+  find_engine(engine)->place(numbers(groups), numbers(arenas), is_ahead);
+}
+
+Ints engine_collect(int64_t engine, Ints groups, int64_t at_least) {
+  const std::vector<int> landed = find_engine(engine)->collect(numbers(groups), at_least);
+  return {landed.begin(), landed.end()};
+}
+
+void engine_evict(int64_t engine, Ints groups) { find_engine(engine)->evict(numbers(groups)); }
 
 void engine_end_pass(int64_t engine, int64_t caller) { find_engine(engine)->end_pass(caller); }
 
@@ -296,6 +317,17 @@ STABLE_TORCH_LIBRARY(nexus, m) {
   // The rows of a table [num, dim] that `ids` (int32 or int64, any shape) name: [*ids.shape, dim].
   m.def("streamed_embedding(Tensor ids, Tensor table_id, SymInt dim, ScalarType dtype) -> Tensor");
 
+  // Pure: each row of hidden [n, width] through the k of many weights that top_k_index [n, k]
+  // names, summed with top_k_weights [n, k]: like hidden. Kernels and gradients are registered by
+  // Python.
+  m.def(
+      "streamed_experts(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor layer_id) "
+      "-> Tensor");
+  // Of hidden and of top_k_weights.
+  m.def(
+      "streamed_experts_grad(Tensor grad, Tensor hidden, Tensor top_k_index, "
+      "Tensor top_k_weights, Tensor layer_id) -> (Tensor, Tensor)");
+
   // Pure: packed weights and back; nexus_ext/quant/reference.py says what each computes. q: bytes,
   // two codes in each (the first in the high half), over the flattened weight; absmax: float32, one
   // for `blocksize` elements; code: what the sixteen codes mean, by default NormalFloat's; dtype:
@@ -351,8 +383,8 @@ STABLE_TORCH_LIBRARY(nexus, m) {
       "engine_open(str[] paths, int[] stamps, str device, str io, bool allow_uring, "
       "bool trailing_drop, int depth, int chunk_bytes, int num_slots, bool poison, "
       "int[] faults) -> int");
-  // groups: arena, nbytes, is_brief, stays_in_ram per group. extents: group, file, offset, nbytes,
-  // group_offset per extent.
+  // groups: arena, nbytes, is_brief, stays_in_ram, is_pooled per group. extents: group, file,
+  // offset, nbytes, group_offset per extent.
   m.def(
       "engine_attach(int engine, Tensor[] arenas, int[] groups, int[] extents, int[] order, "
       "int lookahead) -> ()");
@@ -360,6 +392,11 @@ STABLE_TORCH_LIBRARY(nexus, m) {
   m.def("engine_digest(int engine, int group) -> int");
   m.def("engine_group_id(int engine, int group) -> int");
   m.def("engine_wait(int engine, int group) -> ()");
+  // Pooled groups: arenas[i] is given groups[i] to load; does not block.
+  m.def("engine_place(int engine, int[] groups, int[] arenas, bool is_ahead) -> ()");
+  // Those that have landed, in the order asked; blocks until `at_least` have.
+  m.def("engine_collect(int engine, int[] groups, int at_least) -> int[]");
+  m.def("engine_evict(int engine, int[] groups) -> ()");
   // The calling thread's number, by which engine_end_pass knows whose pass is over.
   m.def("caller() -> int");
   m.def("engine_end_pass(int engine, int caller) -> ()");
@@ -411,6 +448,9 @@ STABLE_TORCH_LIBRARY_IMPL(nexus, CompositeExplicitAutograd, m) {
   m.impl("engine_digest", TORCH_BOX(&nexus::engine_digest));
   m.impl("engine_group_id", TORCH_BOX(&nexus::engine_group_id));
   m.impl("engine_wait", TORCH_BOX(&nexus::engine_wait));
+  m.impl("engine_place", TORCH_BOX(&nexus::engine_place));
+  m.impl("engine_collect", TORCH_BOX(&nexus::engine_collect));
+  m.impl("engine_evict", TORCH_BOX(&nexus::engine_evict));
   m.impl("caller", TORCH_BOX(&nexus::this_caller));
   m.impl("engine_end_pass", TORCH_BOX(&nexus::engine_end_pass));
   m.impl("engine_prefault", TORCH_BOX(&nexus::engine_prefault));

@@ -108,6 +108,7 @@ class Engine:
         lookahead: int,
         brief: Collection[int] = (),
         in_ram: Collection[int] = (),
+        pooled: Collection[int] = (),
     ) -> None:
         """Give every group its arena and start loading. Does not block.
 
@@ -115,15 +116,20 @@ class Engine:
             arenas: 1-D uint8 tensors; kept alive until the engine is closed and forgotten.
             groups: What moves together; their numbers are their indices.
             arena_of: For each group the index of its arena.
-            order: The groups that share arenas, in the order they are used; others are resident.
+            order: The groups that share arenas, in the order they are used; others are resident,
+                or pooled.
             lookahead: Groups of `order` loaded ahead of the one in use.
             brief: Groups that are used beside the one in use, and given back at once.
             in_ram: Groups that stay in page-locked memory once they were read; on a device only.
+            pooled: Groups that have no arena until they are placed (`place`). Their `arena_of` is
+                any of those that they may be placed in: equally far behind a page boundary, large
+                enough, and no other group's own.
         """
+        kinds = [frozenset(kind) for kind in (brief, in_ram, pooled)]
         table = [
             number
             for index, (group, arena) in enumerate(zip(groups, arena_of, strict=True))
-            for number in (arena, group.nbytes, index in brief, index in in_ram)
+            for number in (arena, group.nbytes, *(index in kind for kind in kinds))
         ]
         extents = [
             number
@@ -166,6 +172,51 @@ class Engine:
     def wait(self, group: int) -> None:
         """Block until a resident group has landed; frees nothing. Raises as `acquire`."""
         ops.call(native.engine_wait, self.handle, group)
+
+    def place(self, groups: Sequence[int], arenas: Sequence[int], *, ahead: bool = False) -> None:
+        """Load pooled groups, each into the arena beside it, in turn. Does not block.
+
+        What stands in an arena is forgotten, and so is where a group stood before; what the
+        caller's stream has enqueued so far is through with both before they change. A group that
+        stands in that very arena, or is on its way there, is not loaded again.
+
+        Args:
+            groups: Pooled ones.
+            arenas: Indices of arenas.
+            ahead: These may wait until all others are loaded. Placed again without it, they no
+                longer wait.
+
+        Raises:
+            EngineError: A group that is not pooled, or does not fit there.
+            DeviceError, DeviceLost: The device cannot be used.
+        """
+        ops.call(native.engine_place, self.handle, list(groups), list(arenas), ahead)
+
+    def collect(
+        self, groups: Sequence[int], *, wait_all: bool = False, at_least: int = 1
+    ) -> list[int]:
+        """Which of these placed groups have landed, in the order asked; they may be used by what
+        the caller's stream enqueues from now on, until they are evicted or replaced.
+
+        Blocks until `at_least` of them have, or all with `wait_all`; until then they are loaded
+        before all others. Never blocks with `at_least` 0.
+
+        Raises:
+            ReadError, TruncatedCheckpoint, CheckpointChanged, CorruptCheckpoint, DeviceError: One
+                could not be loaded. It is not placed any more: placing it again reads again.
+            EngineError: One is not placed.
+            ThreadConflict: Another thread took an arena meanwhile.
+        """
+        wanted = len(groups) if wait_all else at_least
+        landed: list[int] = ops.call(native.engine_collect, self.handle, list(groups), wanted)
+        return landed
+
+    def evict(self, groups: Collection[int]) -> None:
+        """Empty the arenas of these groups, once what the caller's stream has enqueued so far is
+        through with them. Loads that are under way are dropped; mapped pages are given back in the
+        background. Does nothing for a group that is not placed. Does not block.
+        """
+        ops.call(native.engine_evict, self.handle, list(groups))
 
     def end_pass(self, caller: int | None = None) -> None:
         """A thread is through with the group that it acquired last; another one may begin.

@@ -73,7 +73,7 @@ def choose(
     mode = ReadMode(
         io=io,
         use_uring=config.use_uring,
-        trailing_drop=not keeps_pages,
+        trailing_drop=not keeps_pages if config.trailing_drop == "auto" else config.trailing_drop,
         depth=config.depth,
         chunk_bytes=_HOST_CHUNK_BYTES if config.chunk_bytes == "auto" else config.chunk_bytes,
     )

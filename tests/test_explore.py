@@ -22,8 +22,8 @@ HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
 EXPLORER = ["explore", "explore_caller", "explore_engine", "explore_fibers", "explore_machine"]
 # The real engine; what it stands on and is not here, explore_machine.cpp and _fibers.cpp replace.
-ENGINE = ["stream/engine", "stream/engine_files", "stream/engine_io", "stream/engine_setup"]
-ENGINE += ["stream/load", "stream/order", "stream/pinned"]
+ENGINE = ["stream/engine", "stream/engine_files", "stream/engine_io", "stream/engine_pool"]
+ENGINE += ["stream/engine_setup", "stream/load", "stream/order", "stream/pinned"]
 ENGINE += ["io/window", "io/rows", "io/fault", "io/page_cache", "io/reader_external"]
 ENGINE += ["common/xxh3", "common/range_absent"]
 FLAGS = "-std=c++20 -O1 -g1 -Wall -Wextra"
@@ -108,8 +108,8 @@ MUTATIONS = {
         "ring",
     ),
     "a new arena may still have readers": (
-        "    device_->record(arena.free, device_->current());\n  }\n  for",
-        "  }\n  for",
+        "  device_->record(arena.free, device_->current());\n}\n",
+        "}\n",
         "early-kernel",
     ),
     "the computation waits for the copies": (

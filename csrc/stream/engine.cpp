@@ -41,6 +41,7 @@ Caller this_caller() {
 void Engine::acquire(int group, std::byte* arena, int64_t nbytes, bool hold) {
   std::unique_lock lock = enter();
   check_group(group);
+  check_not_pooled(group);
   check_arena(group, nbytes);
   try {
     const Lane caller = needs_order(group, arena) ? device_->current() : Lane();
@@ -145,6 +146,7 @@ void Engine::distrust_clone(Arena& arena, const Group& group) {
 void Engine::wait_resident(int group) {
   std::unique_lock lock = enter();
   check_group(group);
+  check_not_pooled(group);
   if (group_at(group).is_streamed) {
     fail("EngineError", "Only a resident group can be waited for; group ", group,
          " shares its arena, acquire it.");
@@ -233,11 +235,7 @@ void Engine::wait_for_holder(std::unique_lock<std::mutex>& lock, int group) {
   const Caller me = this_caller();
   const Clock::time_point began = Clock::now();
   while (arena.is_held && arena.holder != me && !is_over()) {
-    if (landed_.wait_for(lock, kInterruptPoll) != std::cv_status::timeout) continue;
-    lock.unlock();
-    const bool gives_up = interrupted();
-    lock.lock();
-    if (gives_up) fail("Interrupted", "interrupted while waiting for group ", group);
+    if (wait_for_news(lock)) fail("Interrupted", "interrupted while waiting for group ", group);
     if (Clock::now() - began < kHoldPatience) continue;
     arena.is_held = false;
     arena.robbed = arena.holder;
@@ -317,7 +315,7 @@ void Engine::free_arena(Arena& arena, int group, Lane caller) {
   if (arena.is_view) {
     // Present pages cost a look; absent ones are read ahead again.
     arena.state = State::kEmpty;
-    left_behind_.push_back(group);
+    if (!arena.is_pool) left_behind_.push_back(group);
   }
 }
 
@@ -335,6 +333,13 @@ bool Engine::expect(int group) {
   return is_there;
 }
 
+// Waits until something may have landed. True when the caller is to give up.
+bool Engine::wait_for_news(std::unique_lock<std::mutex>& lock) {
+  if (landed_.wait_for(lock, kInterruptPoll) != std::cv_status::timeout) return false;
+  const Unlocked open(lock);
+  return interrupted();
+}
+
 // Waits on the host until `group` has landed. Counts the time as stall.
 void Engine::await(std::unique_lock<std::mutex>& lock, int group) {
   if (expect(group)) return;
@@ -344,10 +349,7 @@ void Engine::await(std::unique_lock<std::mutex>& lock, int group) {
   const Clock::time_point began = Clock::now();
   bool gives_up = false;
   while (arena.group == group && arena.state == State::kLoading && !is_over() && !gives_up) {
-    if (landed_.wait_for(lock, kInterruptPoll) != std::cv_status::timeout) continue;
-    lock.unlock();
-    gives_up = interrupted();
-    lock.lock();
+    gives_up = wait_for_news(lock);
   }
   awaited_.erase(std::find(awaited_.begin(), awaited_.end(), group));
   counters_.stall_ns += since_ns(began);
@@ -358,8 +360,9 @@ void Engine::await(std::unique_lock<std::mutex>& lock, int group) {
   if (arena.state == State::kFailed) throw std::runtime_error(arena.error);
 }
 
-// Most urgent first: the groups being waited for, the one in use, residents not yet read, then the
-// groups that come next, as far as their arenas are free.
+// Most urgent first: the groups being waited for, the one in use, residents not yet read, what was
+// placed, then the groups that come next, as far as their arenas are free, and what was placed
+// ahead.
 void Engine::schedule() {
   queue_.clear();
   ++num_schedules_;
@@ -367,6 +370,8 @@ void Engine::schedule() {
   if (current_ >= 0) want(current_);
   std::erase_if(residents_, [this](int group) { return arena_of(group).state == State::kLanded; });
   for (const int group : residents_) want(group);
+  std::erase_if(placed_, [this](size_t i) { return arenas_[i].state != State::kLoading; });
+  want_placed(false);
   if (has_begun_) {
     order_.predict(static_cast<size_t>(lookahead_), ahead_);
   } else {
@@ -375,6 +380,7 @@ void Engine::schedule() {
     ahead_.resize(std::min(ahead_.size(), static_cast<size_t>(lookahead_) + 1));
   }
   for (const int group : ahead_) want(group);
+  want_placed(true);
   if (!queue_.empty() || !left_behind_.empty()) work_.notify_one();
 }
 
@@ -382,6 +388,11 @@ void Engine::schedule() {
 // comes earlier. It is this claim, and not arithmetic on numbers, that keeps arenas apart.
 void Engine::want(int group) {
   const auto index = static_cast<size_t>(group_at(group).arena);
+  // Begun when it was placed, and never here: the arena may be another group's by now.
+  if (group_at(group).is_pooled) {
+    if (is_placed(group)) enqueue(index);
+    return;
+  }
   if (claims_[index] == num_schedules_) return;
   claims_[index] = num_schedules_;
   Arena& arena = arenas_[index];
@@ -391,14 +402,31 @@ void Engine::want(int group) {
   const bool has_failed = arena.group == group && arena.state == State::kFailed;
   const bool is_there = arena.group == group && arena.state != State::kEmpty;
   if (!is_there && !has_failed) begin(arena, group);
-  if (arena.state == State::kLoading && arena.load->has_next()) queue_.push_back(index);
+  enqueue(index);
+}
+
+void Engine::want_placed(bool is_ahead) {
+  for (const size_t index : placed_) {
+    if (arenas_[index].is_ahead == is_ahead) enqueue(index);
+  }
+}
+
+// Once more does no harm: the first place counts.
+void Engine::enqueue(size_t arena_index) {
+  const Arena& arena = arenas_[arena_index];
+  if (arena.state == State::kLoading && arena.load->has_next()) queue_.push_back(arena_index);
+}
+
+// What was asked for until now is not for whoever comes.
+void Engine::begin_generation(Arena& arena) {
+  ++arena.generation;
+  arena.stale_in_flight += std::exchange(arena.in_flight, 0);
 }
 
 // Gives the arena a new task. See Note [Arenas have generations].
 void Engine::begin(Arena& arena, int group) {
   const Group& next = group_at(group);
-  ++arena.generation;
-  arena.stale_in_flight += std::exchange(arena.in_flight, 0);
+  begin_generation(arena);
   arena.group = group;
   arena.state = State::kLoading;
   arena.is_retry = false;

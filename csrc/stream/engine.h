@@ -7,6 +7,13 @@
 //        ▼
 //   I/O thread         issue pieces ─▶ reader ─▶ complete ─▶ (copy) ─▶ landed ─▶ wakes acquire
 //
+// Pooled groups have no arena of their own, and nobody foresees them: the caller says which group
+// goes into which arena, and when its bytes may leave it. See engine_pool.cpp.
+//
+//   place(g, a)        what stood in arena a is forgotten, g is on its way there
+//   collect(g, ...)    which of them have landed; waits until so many have
+//   evict(g)           arena of g is empty
+//
 // On a device a group has landed when its copies are enqueued: acquire makes the caller's stream
 // wait for them, and not the caller. A group that stays in RAM is not read again: whoever gives it
 // an arena enqueues its one copy, and no thread waits for another. See Note [Order on a device].
@@ -76,6 +83,7 @@ struct GroupSpec {
   bool is_brief;
   bool stays_in_ram;
   std::vector<Extent> extents;
+  bool is_pooled = false;  // `arena` is any one that it may be placed in
 };
 
 enum class Verify { kOff, kFirst, kAlways };
@@ -93,12 +101,13 @@ class Engine {
   // Waits for reads and copies in flight. Not for a forked child: the thread stayed in the parent.
   ~Engine();
 
-  // Starts the thread and the first loads: residents (every group not in `order`), then the first
-  // groups of `order`. Once only.
+  // Starts the thread and the first loads: residents (every group neither pooled nor in `order`),
+  // then the first groups of `order`. Once only. Arenas that only pooled groups name, or nobody,
+  // are the pool's.
   void attach(std::vector<ArenaMemory> arenas, const std::vector<GroupSpec>& groups,
               const std::vector<int>& order, int lookahead);
   // Digests by group; from here on landings are checked. What was read before, except the group
-  // in use, is read again.
+  // in use and what was collected, is read again.
   void set_digests(const std::vector<uint64_t>& digests, Verify verify);
 
   // Blocks until `group` stands in its arena, or is on its way there and the caller's stream waits
@@ -111,6 +120,20 @@ class Engine {
   void release(int group);
   // Blocks until a resident group has landed; frees nothing.
   void wait_resident(int group);
+  // Gives arenas[i] pooled group groups[i] to load, in turn; does not block. What stood there is
+  // forgotten, and so is the arena where the group stood or was being loaded to; a load that is
+  // under way there is dropped. What the caller's stream has enqueued so far is through with both.
+  // Does nothing for a group that stands in that very arena, or is on its way there. Loads ahead
+  // come after all others, until they are placed again as others.
+  void place(const std::vector<int>& groups, const std::vector<int>& arenas, bool is_ahead);
+  // Which of these placed groups have landed, in the order asked; the caller's stream waits for
+  // their bytes. Blocks until `at_least` have; until then they are loaded before all others. Throws
+  // what went wrong with a load, whose group is then not placed any more, and ThreadConflict when
+  // another thread took an arena meanwhile.
+  std::vector<int> collect(const std::vector<int>& groups, int64_t at_least);
+  // Their bytes may go, when the caller's stream has come this far. Does nothing for a group that
+  // is not placed.
+  void evict(const std::vector<int>& groups);
   // `caller` is done with the last group it acquired: another thread may begin. Throws
   // ThreadConflict when another thread broke into the pass, whose result is then worthless.
   void end_pass(Caller caller);
@@ -141,6 +164,8 @@ class Engine {
   struct Arena {
     ArenaMemory memory;
     bool is_view = false;                         // lies in a file's mapping
+    bool is_pool = false;                         // for pooled groups
+    bool is_ahead = false;                        // what was placed here may wait
     bool is_cloned = false;                       // see Note [Clones]
     bool is_held = false;                         // in use until release()
     Caller holder = kNobody;                      // who holds it
@@ -198,6 +223,8 @@ class Engine {
   void check_group(int group) const;
   void check_arena(int group, int64_t nbytes) const;
   void check_spec(const GroupSpec& spec, const std::vector<ArenaMemory>& arenas) const;
+  void add_arena(ArenaMemory memory, bool is_pool);
+  Lane make_pool_lane();
   void add_group(const GroupSpec& spec);
   void cut_group(Group& group);
   void make_ring();
@@ -211,18 +238,43 @@ class Engine {
   void end_use();
   void free_arena(Arena& arena, int group, Lane caller);
   bool expect(int group);
+  bool wait_for_news(std::unique_lock<std::mutex>& lock);
   void await(std::unique_lock<std::mutex>& lock, int group);
   void take(int group, std::byte* arena, Lane caller);
   void schedule();
   void want(int group);
+  void want_placed(bool is_ahead);
+  void enqueue(size_t arena_index);
+  void begin_generation(Arena& arena);
   void begin(Arena& arena, int group);
   void accept(Arena& arena);
   bool lands_on_device(const Group& group) const;
   void copy_to_device(Arena& arena, const std::byte* host, int64_t offset, int64_t nbytes);
   void fail_load(Arena& arena, const std::runtime_error& error);
   void lose(const std::string& why);
+
+  // Of pooled groups; engine_pool.cpp.
+  void check_not_pooled(int group) const;
+  void check_pooled(int group) const;
+  void check_place(int group, int arena) const;
+  void check_placed(int group) const;
+  void place_one(int group, int arena, bool is_ahead, Lane caller);
+  void vacate(Arena& arena, Lane caller);
+  bool is_placed(int group) const { return arena_of(group).group == group; }
+  std::vector<int> landed_of(const std::vector<int>& groups) const;
+  void await_placed(std::unique_lock<std::mutex>& lock, const std::vector<int>& groups,
+                    size_t at_least);
+  bool must_await(const std::vector<int>& groups, const std::vector<int>& arenas,
+                  size_t at_least) const;
+  void fail_placed(const std::vector<int>& groups);
+  void take_placed(int group, Lane caller);
+
   Group& group_at(int group) { return groups_[static_cast<size_t>(group)]; }
   const Group& group_at(int group) const { return groups_[static_cast<size_t>(group)]; }
+  size_t index_of(const Arena& arena) const { return static_cast<size_t>(&arena - arenas_.data()); }
+  const Arena& arena_of(int group) const {
+    return arenas_[static_cast<size_t>(group_at(group).arena)];
+  }
   Arena& arena_of(int group) { return arenas_[static_cast<size_t>(group_at(group).arena)]; }
 
   // I/O thread's side. All expect the mutex; those that take the lock open it for the long part.
@@ -244,6 +296,7 @@ class Engine {
   bool is_current(const Chunk& chunk) const;
   void distrust(Arena& arena);
   void drop_left_behind(std::unique_lock<std::mutex>& lock);
+  bool drop_evicted(std::unique_lock<std::mutex>& lock);
   void drop_pages(const Group& group) const;
   const Piece& piece_of(const Chunk& chunk) const;
   std::byte* host_landing_of(const Chunk& chunk) const;
@@ -268,6 +321,7 @@ class Engine {
   std::condition_variable landed_;
   std::vector<Group> groups_;
   std::vector<Arena> arenas_;
+  std::vector<Lane> pool_lanes_;
   Order order_;
   int lookahead_ = 0;
   Verify verify_ = Verify::kOff;
@@ -277,7 +331,9 @@ class Engine {
   std::vector<size_t> queue_;     // arenas with pieces to issue, in order of need
   std::vector<uint64_t> claims_;  // by arena: the schedule() that last spoke for it
   uint64_t num_schedules_ = 0;
+  std::vector<size_t> placed_;    // of the pool, arenas that may be loading, in order of placing
   std::vector<int> left_behind_;  // views whose pages are to be dropped
+  std::vector<int> evicted_;      // the same, at once
   int num_in_flight_ = 0;
   int current_ = -1;        // the group last acquired
   bool has_begun_ = false;  // something streamed was acquired

@@ -61,7 +61,10 @@ Engine::Turn Engine::turn(std::unique_lock<std::mutex>& lock) {
   drop_left_behind(lock);
   errand_.reset();
   blocked_on_.reset();
-  if (!is_over()) issue();
+  if (!is_over()) {
+    issue();
+    if (drop_evicted(lock)) return Turn::kWorked;
+  }
   if (errand_) {
     run_errand(arenas_[*errand_], lock);
     return Turn::kWorked;
@@ -106,16 +109,18 @@ bool Engine::issue_next(size_t arena_index) {
   if (arena.state != State::kLoading || arena.stale_in_flight > 0 || !arena.load->has_next()) {
     return false;
   }
-  const Group& group = group_at(arena.group);
+  Group& group = group_at(arena.group);
   if (group.stays_in_ram && (group.ram == nullptr || group.ram->is_filled)) {
     if (!errand_) errand_ = arena_index;
     return false;
   }
+  // Reads of a load in another arena, which was given up, may still write into the copy in RAM.
+  if (group.ram != nullptr && group.num_reading > arena.in_flight) return false;
+  if (num_in_flight_ >= rung_.reader->depth()) return false;
   if (lands_on_device(group) && !device_->is_done(arena.free)) {
     if (!blocked_on_) blocked_on_ = arena.free;
     return false;
   }
-  if (num_in_flight_ >= rung_.reader->depth()) return false;
   Chunk* chunk = find_chunk();
   if (chunk == nullptr) return false;
   chunk->is_reading = true;
@@ -129,6 +134,7 @@ bool Engine::issue_next(size_t arena_index) {
   chunk->reached = 0;
   chunk->attempts = 0;
   ++arena.in_flight;
+  ++group.num_reading;
   start(*chunk);
   return true;
 }
@@ -181,8 +187,9 @@ void Engine::make_ram_copy(Arena& arena, std::unique_lock<std::mutex>& lock) {
   pin_refusal_ = std::move(refusal);
   group.stays_in_ram = false;
   cut_group(group);
-  // What was cut before is not what will be read.
-  if (arena.group == number && arena.state == State::kLoading) begin(arena, number);
+  // What was cut before is not what will be read, wherever the group is on its way to by now.
+  Arena& home = arena_of(number);
+  if (home.group == number && home.state == State::kLoading) begin(home, number);
 }
 
 // Asks for what is still missing of the chunk's window.
@@ -246,6 +253,7 @@ void Engine::complete(Chunk& chunk, std::unique_lock<std::mutex>& lock) {
   }
   // The arena may have been given another task while the lock was open.
   --(chunk.generation == arena.generation ? arena.in_flight : arena.stale_in_flight);
+  --group_at(chunk.group).num_reading;
   chunk.is_reading = false;
   if (is_current(chunk) && arena.load->is_complete()) land_group(arena, lock);
 }
@@ -394,6 +402,23 @@ void Engine::drop_left_behind(std::unique_lock<std::mutex>& lock) {
     drop_pages(group_at(group));
     lock.lock();
   }
+}
+
+// One evicted view, while reads are under way: true when there was one. A read that is still on its
+// way there would bring the pages back; who was placed again keeps them.
+bool Engine::drop_evicted(std::unique_lock<std::mutex>& lock) {
+  for (size_t i = 0; i < evicted_.size(); ++i) {
+    const int group = evicted_[i];
+    const Arena& arena = arena_of(group);
+    if (arena.state == State::kEmpty && arena.stale_in_flight > 0) continue;
+    evicted_.erase(evicted_.begin() + static_cast<std::ptrdiff_t>(i));
+    if (arena.state != State::kEmpty) return true;
+    ++counters_.num_dropped;
+    const Unlocked open(lock);
+    drop_pages(group_at(group));
+    return true;
+  }
+  return false;
 }
 
 }  // namespace nexus

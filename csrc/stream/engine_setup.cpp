@@ -22,18 +22,40 @@ constexpr Alignment kDeviceAlignment = {.memory = 1, .offset = 4096};
 // One that is read into, one that is copied from, one that is waited for.
 constexpr int kFewestSlots = 3;
 
+// A pool has more arenas than a GPU runs queues side by side (its hardware has 32): more lanes than
+// that wait for each other anyway.
+constexpr size_t kMostPoolLanes = 32;
+
 // Half as many slots again as reads in flight: while one answer is copied out, the queue stays
 // full.
 int num_slots(int depth) { return depth + depth / 2; }
 
-void check_order(const std::vector<int>& order, size_t num_groups) {
+void check_order(const std::vector<int>& order, const std::vector<GroupSpec>& groups) {
   std::set<int> seen;
   for (const int group : order) {
-    if (!is_index(group, num_groups) || !seen.insert(group).second) {
-      fail("EngineError", "The order names groups in [0, ", num_groups, "), each once; got ", group,
-           ".");
+    if (!is_index(group, groups.size()) || !seen.insert(group).second) {
+      fail("EngineError", "The order names groups in [0, ", groups.size(), "), each once; got ",
+           group, ".");
+    }
+    if (groups[static_cast<size_t>(group)].is_pooled) {
+      fail("EngineError", "Group ", group, " is pooled: it is placed, and in no order.");
     }
   }
+}
+
+// The arenas that are no group's own.
+std::vector<bool> find_pool(const std::vector<GroupSpec>& groups, size_t num_arenas) {
+  std::vector<bool> is_pool(num_arenas, true);
+  for (const GroupSpec& spec : groups) {
+    if (!spec.is_pooled) is_pool[static_cast<size_t>(spec.arena)] = false;
+  }
+  for (const GroupSpec& spec : groups) {
+    if (spec.is_pooled && !is_pool[static_cast<size_t>(spec.arena)]) {
+      fail("EngineError", "Pooled groups share arenas with each other only; arena ", spec.arena,
+           " belongs to another group.");
+    }
+  }
+  return is_pool;
 }
 
 bool lies_in(const std::byte* data, const File& file) {
@@ -62,20 +84,9 @@ void Engine::attach(std::vector<ArenaMemory> arenas, const std::vector<GroupSpec
   const std::unique_lock lock = enter();
   if (!arenas_.empty()) fail("EngineError", "An engine is attached once; open another one.");
   for (const GroupSpec& spec : groups) check_spec(spec, arenas);
-  check_order(order, groups.size());
-  for (ArenaMemory& memory : arenas) {
-    Arena& arena = arenas_.emplace_back();
-    arena.memory = std::move(memory);
-    arena.is_view = std::any_of(files_.begin(), files_.end(), [&](const auto& file) {
-      return lies_in(arena.memory.data, *file);
-    });
-    if (!arena.is_view) device_->prepare(arena.memory.data, arena.memory.nbytes);
-    arena.lane = device_->make_lane();
-    arena.ready = device_->make_event();
-    arena.free = device_->make_event();
-    // An allocator gives out memory that work enqueued earlier may still read.
-    device_->record(arena.free, device_->current());
-  }
+  check_order(order, groups);
+  const std::vector<bool> is_pool = find_pool(groups, arenas.size());
+  for (size_t i = 0; i < arenas.size(); ++i) add_arena(std::move(arenas[i]), is_pool[i]);
   for (const GroupSpec& spec : groups) add_group(spec);
   order_ = Order(order);
   lookahead_ = lookahead;
@@ -87,6 +98,25 @@ void Engine::attach(std::vector<ArenaMemory> arenas, const std::vector<GroupSpec
   open_reader();
   schedule();
   thread_ = std::thread([this] { run(); });
+}
+
+void Engine::add_arena(ArenaMemory memory, bool is_pool) {
+  Arena& arena = arenas_.emplace_back();
+  arena.memory = std::move(memory);
+  arena.is_pool = is_pool;
+  arena.is_view = std::any_of(files_.begin(), files_.end(),
+                              [&](const auto& file) { return lies_in(arena.memory.data, *file); });
+  if (!arena.is_view) device_->prepare(arena.memory.data, arena.memory.nbytes);
+  arena.lane = is_pool ? make_pool_lane() : device_->make_lane();
+  arena.ready = device_->make_event();
+  arena.free = device_->make_event();
+  // An allocator gives out memory that work enqueued earlier may still read.
+  device_->record(arena.free, device_->current());
+}
+
+Lane Engine::make_pool_lane() {
+  if (pool_lanes_.size() == kMostPoolLanes) return pool_lanes_[arenas_.size() % kMostPoolLanes];
+  return pool_lanes_.emplace_back(device_->make_lane());
 }
 
 // Reads go where a group says: outside its arena they would overwrite anything.
@@ -112,6 +142,7 @@ void Engine::add_group(const GroupSpec& spec) {
   group.arena = spec.arena;
   group.nbytes = spec.nbytes;
   group.is_brief = spec.is_brief;
+  group.is_streamed = group.is_pooled = spec.is_pooled;
   group.stays_in_ram = spec.stays_in_ram && !device_->is_host();
   group.extents = spec.extents;
   cut_group(group);
@@ -227,6 +258,7 @@ void Engine::set_digests(const std::vector<uint64_t>& digests, Verify verify) {
   for (Arena& arena : arenas_) {
     if (arena.group < 0 || arena.acquired_generation) continue;
     if (!group_at(arena.group).is_streamed) residents_.push_back(arena.group);
+    if (arena.is_pool) placed_.push_back(index_of(arena));
     begin(arena, arena.group);
   }
   schedule();

@@ -15,10 +15,12 @@ namespace nexus {
 
 // What moves together. Pieces are cut once, when the group is given its arena.
 struct Group {
-  int arena = -1;
+  int arena = -1;  // of a pooled one, where it was placed last, or may be placed
   int64_t nbytes = 0;
   // Shares its arena with others; else it is resident.
   bool is_streamed = false;
+  // Streamed, and in whichever arena the caller says.
+  bool is_pooled = false;
   // Used beside the group in use and given back at once: ends nobody's use.
   bool is_brief = false;
   std::vector<Extent> extents;
@@ -29,6 +31,7 @@ struct Group {
   // Stays in page-locked memory once it was read; made before the first read.
   bool stays_in_ram = false;
   std::unique_ptr<RamCopy> ram;
+  int num_reading = 0;  // reads in flight, also of loads that were given up
 
   bool is_in_ram() const { return ram != nullptr && ram->is_filled; }
   // Where a copy in RAM should begin in a page, so that the longest extent is read in place.
