@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 
 from nexus_ext.blocks import find_blocks
 from nexus_ext.checkpoint import Checkpoint, Entry, Group
+from nexus_ext.conversion import Conversion
 from nexus_ext.errors import CheckpointMismatch, StreamError
+from nexus_ext.experts.find import ExpertLayer
 from nexus_ext.quant.formats import PackedWeight, PackedWeights
 from nexus_ext.quant.packing import DECODED_DTYPES
 
@@ -26,12 +28,21 @@ def lay_out(
     strict: bool = True,
     by_rows: str | Iterable[str] = (),
     keep: str | Iterable[str] = (),
+    experts: Sequence[ExpertLayer] = (),
 ) -> Layout:
-    """Which tensors would form which group; changes nothing. Arguments and errors as `stream`."""
+    """Which tensors would form which group; changes nothing. Arguments and errors as `stream`.
+
+    What `experts` has claimed of the model belongs to no group, nor to what stays outside.
+    """
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     kept = _matching(parameters, keep, "keep must name a parameter", parameters)
-    tensors = {name: tensor for name, tensor in _named_tensors(model).items() if name not in kept}
-    source, packed = _match(tensors, checkpoint, rename or (lambda name: name), strict)
+    left_out = set(kept).union(*(layer.claimed for layer in experts))
+    tensors = {
+        name: tensor for name, tensor in _named_tensors(model).items() if name not in left_out
+    }
+    elsewhere = frozenset[str]().union(*(layer.sources for layer in experts))
+    rename = rename or Conversion.of(model, checkpoint)
+    source, packed = _match(tensors, checkpoint, rename, strict, elsewhere)
     _refuse_unfilled(model)
     blocks = find_blocks(model, groups)
     return Layout(model, blocks, checkpoint, tensors, source, packed, by_rows)
@@ -252,10 +263,12 @@ def _match(
     checkpoint: Checkpoint,
     rename: Callable[[str], str],
     strict: bool,
+    elsewhere: frozenset[str],
 ) -> tuple[dict[str, str], dict[str, PackedWeight]]:
     """The checkpoint's name for every tensor of the model, and how it is packed there, if it is.
 
-    A tied tensor is found under any of its names. A buffer with a value may be missing.
+    A tied tensor is found under any of its names. A buffer with a value may be missing. What is
+    used `elsewhere` is not unexpected.
     """
     packed_weights = PackedWeights(checkpoint)
     packed: dict[str, PackedWeight] = {}
@@ -274,7 +287,7 @@ def _match(
                 packed |= dict.fromkeys(names, weight) if weight else {}
         elif isinstance(tensor, nn.Parameter) or tensor.is_meta:
             missing.append(names[0])
-    used = {rename(name) for name in source}.union(*(w.names for w in packed.values()))
+    used = {rename(name) for name in source}.union(elsewhere, *(w.names for w in packed.values()))
     unexpected = [name for name in checkpoint.entries if name not in used] if strict else []
     _refuse_mismatch(tensors, source, packed, checkpoint, missing, unexpected)
     return source, packed

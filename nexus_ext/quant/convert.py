@@ -4,8 +4,8 @@
 
 Never holds more than one group, and what packing its largest weight takes. Every shard is plain
 safetensors, its data begins on a page and lies in the order in which a group is laid out: one read
-brings a group. Names and config.json are those of bitsandbytes, so that transformers loads the
-result, except for mixtures of 4 and 8 bits.
+brings a group, or an expert. Names and config.json are those of bitsandbytes, so that transformers
+loads the result, except for mixtures of 4 and 8 bits and for experts.
 
 A conversion that was interrupted goes on where it stopped: its journal (`JOURNAL`) says which
 shards are done, and for which source and configuration.
@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,8 +30,11 @@ from torch import nn
 
 from nexus_ext.checkpoint import ALIGNMENT, Checkpoint
 from nexus_ext.errors import CheckpointFormatError, ConfigError, NexusError, WriteError
+from nexus_ext.experts.find import ExpertLayer
 from nexus_ext.quant.config import INT8Config, NF4Config, QuantConfig
 from nexus_ext.quant.packed import describes_weight, pack
+from nexus_ext.quant.selection import Selection
+from nexus_ext.quant.stacked import pack_stacked
 
 __all__ = ["JOURNAL", "REPORT", "PackedModule", "convert_checkpoint"]
 
@@ -39,6 +43,8 @@ REPORT = "nexus-conversion.json"
 
 # Called as (what, done_bytes, total_bytes).
 Progress = Callable[[str, int, int], None]
+
+_log = logging.getLogger("nexus_ext")
 
 _PAGE_BYTES = 4096
 _DTYPE_NAMES = {
@@ -77,10 +83,15 @@ def convert_checkpoint(
     folder: Path,
     config: QuantConfig,
     *,
+    experts: Sequence[ExpertLayer] = (),
     rename: Callable[[str], str] = lambda name: name,
     progress: Progress | None = None,
 ) -> list[PackedModule]:
-    """Pack the Linear layers of a model's groups; everything else is copied as it is.
+    """Pack the Linear layers of a model's groups, and its experts; everything else is copied as it
+    is, routers too.
+
+    Experts that are one tensor stay one: packed with NF4 expert by expert, or, where `config` asks
+    for what cannot be cut by expert, without nested scales or plain, and a warning is logged.
 
     Args:
         model: Without weights; says which weights belong to Linear layers.
@@ -88,6 +99,7 @@ def convert_checkpoint(
         groups: Names of the checkpoint's tensors that move together; the rest forms a shard too.
         folder: Where to write; new, or with the journal of this very conversion.
         config: What to pack, and how.
+        experts: Where the model's experts are in the source.
         rename: From a name in the model to the name in the checkpoint.
         progress: Called as (what, done_bytes, total_bytes).
 
@@ -100,14 +112,12 @@ def convert_checkpoint(
         QuantizationError: A weight that cannot be packed.
         WriteError: The disk would not take it; what is done stays, and the next call goes on.
     """
-    linears = {
-        rename(f"{name}.weight"): name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
     _refuse_packed(checkpoint)
-    job = _Job(checkpoint, folder, config, linears, progress or (lambda what, done, total: None))
-    return job.run([list(names) for names in groups])
+    selection = Selection.of(model, checkpoint, experts, config, rename)
+    for name, why in selection.compromises():
+        _log.warning("%s is not packed as asked: %s", name, why)
+    job = _Job(checkpoint, folder, selection, progress or (lambda what, done, total: None))
+    return job.run([*(list(names) for names in groups), *selection.shards])
 
 
 def _refuse_packed(checkpoint: Checkpoint) -> None:
@@ -133,20 +143,18 @@ class _Job:
         self,
         checkpoint: Checkpoint,
         folder: Path,
-        config: QuantConfig,
-        linears: Mapping[str, str],
+        selection: Selection,
         progress: Progress,
     ) -> None:
         self._checkpoint = checkpoint
         self._folder = folder
-        self._config = config
-        self._linears = linears
+        self._selection = selection
         self._progress = progress
         self._done_bytes = 0
         self._identity = {
             "source": checkpoint.fingerprint,
-            "config": json.loads(json.dumps(asdict(config))),
-            "kind": type(config).__name__,
+            "config": json.loads(json.dumps(asdict(selection.config))),
+            "kind": type(selection.config).__name__,
         }
 
     def run(self, groups: list[list[str]]) -> list[PackedModule]:
@@ -160,26 +168,21 @@ class _Job:
                 f"model-{number:05d}-of-{len(shards):05d}.safetensors"
                 for number in range(1, len(shards) + 1)
             ]
-            packable = grouped & self._linears.keys()
             for shard, tensors in zip(names, shards, strict=True):
                 if shard not in finished:
-                    finished[shard] = self._write_shard(shard, tensors, packable)
+                    finished[shard] = self._write_shard(shard, tensors, grouped)
                 self._count(tensors)
             report = [PackedModule(**line) for shard in names for line in finished[shard]]
             self._finish(names, report)
         return report
 
     def _check_packs_something(self, groups: list[list[str]]) -> None:
-        if any(self._config_of(name) for names in groups for name in names):
+        if any(self._selection.config_of(name) for names in groups for name in names):
             return
         raise ConfigError(
             "A conversion packs the Linear layers of a model's blocks; this one would pack none. "
             "Look at the patterns of its config, or leave the model as it is."
         )
-
-    def _config_of(self, tensor: str) -> NF4Config | INT8Config | None:
-        module = self._linears.get(tensor)
-        return None if module is None else self._config.of_module(module)
 
     def _count(self, tensors: list[str]) -> None:
         self._done_bytes += sum(self._checkpoint.entries[name].nbytes for name in tensors)
@@ -219,37 +222,53 @@ class _Job:
     def _write_shard(
         self, shard: str, tensors: list[str], packable: set[str]
     ) -> list[dict[str, Any]]:
-        stored: dict[str, torch.Tensor] = {}
+        stored: dict[str, dict[str, torch.Tensor]] = {}
         packed: list[dict[str, Any]] = []
         with ExitStack() as stack:
-            files: dict[int, Any] = {}
+            files = _Files(self._checkpoint, stack)
             for name in tensors:
-                entry = self._checkpoint.entries[name]
-                if entry.file not in files:
-                    path = str(self._checkpoint.files[entry.file].path)
-                    files[entry.file] = stack.enter_context(safe_open(path, "pt"))
-                weight = files[entry.file].get_tensor(name)
-                config = self._config_of(name) if name in packable else None
+                config = self._selection.config_of(name) if name in packable else None
                 if config is None:
-                    stored[name] = weight
+                    stored[name] = {name: files.of(name).get_tensor(name)}
                     continue
-                made = pack(weight, config, name)
-                own = made.stored(name, weight.dtype)
-                stored |= own
-                packed.append(
-                    asdict(
-                        PackedModule(
-                            self._linears[name],
-                            _word(config),
-                            made.error(weight),
-                            weight.nbytes,
-                            sum(tensor.nbytes for tensor in own.values()),
-                        )
-                    )
-                )
-            write_safetensors(self._folder / shard, stored)
+                stored[name], line = self._pack(name, config, files)
+                packed.append(asdict(line))
+            write_safetensors(self._folder / shard, self._in_order(stored))
         self._note({"shard": shard, "packed": packed})
         return packed
+
+    def _pack(
+        self, name: str, config: NF4Config | INT8Config, files: _Files
+    ) -> tuple[dict[str, torch.Tensor], PackedModule]:
+        entry = self._checkpoint.entries[name]
+        if name in self._selection.stacked and isinstance(config, NF4Config):
+            rows = files.of(name).get_slice(name)
+            made, error = pack_stacked(lambda number: rows[number], entry.shape, config, name)
+        else:
+            weight = files.of(name).get_tensor(name)
+            made = pack(weight, config, name)
+            error = made.error(weight)
+        own = made.stored(name, entry.dtype)
+        nbytes = sum(tensor.nbytes for tensor in own.values())
+        word = _word(config)
+        return own, PackedModule(self._selection.name(name), word, error, entry.nbytes, nbytes)
+
+    def _in_order(self, stored: Mapping[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Parts of one weight beside each other, and alike parts of gate and up, which are used as
+        one. (Nested scales are not: each has an offset of its own.)
+        """
+        ordered: dict[str, torch.Tensor] = {}
+        for name, own in stored.items():
+            if name in ordered:
+                continue
+            names = self._selection.beside.get(name, (name,))
+            together = [stored[other] for other in names if other in stored]
+            sizes = {len(parts) for parts in together}
+            if len(sizes) > 1 or f"{name}.nested_absmax" in own:
+                together = [own]
+            for parts in zip(*(parts.items() for parts in together), strict=True):
+                ordered |= dict(parts)
+        return ordered
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -280,11 +299,13 @@ class _Job:
     def _quantization_config(
         self, report: list[PackedModule], fields: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What transformers goes by; a mixture of 4 and 8 bits it cannot load, and must not try."""
+        """What transformers goes by. A mixture of 4 and 8 bits it cannot load, nor packed experts,
+        and it must not try.
+        """
         packed = {line.name for line in report}
         kinds = {line.weights for line in report}
-        left = [name for name in self._linears.values() if name not in packed]
-        if len(kinds) > 1:
+        left = self._selection.left(packed)
+        if len(kinds) > 1 or self._selection.has_experts(packed):
             return {"quant_method": "nexus_ext", "modules": {m.name: m.weights for m in report}}
         is_int8 = kinds == {"int8"}
         return {
@@ -302,6 +323,23 @@ class _Job:
             "bnb_4bit_compute_dtype": fields.get("dtype") or fields.get("torch_dtype") or "float32",
             "bnb_4bit_quant_storage": "uint8",
         }
+
+
+class _Files:
+    """The files of a checkpoint, opened when they are needed."""
+
+    def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
+        self._checkpoint = checkpoint
+        self._stack = stack
+        self._opened: dict[int, Any] = {}
+
+    def of(self, name: str) -> Any:
+        """The file of a tensor."""
+        number = self._checkpoint.entries[name].file
+        if number not in self._opened:
+            path = str(self._checkpoint.files[number].path)
+            self._opened[number] = self._stack.enter_context(safe_open(path, "pt"))
+        return self._opened[number]
 
 
 def _whole_lines(journal: Path) -> tuple[list[Any], int]:

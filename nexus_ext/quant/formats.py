@@ -74,8 +74,8 @@ class PackedWeights:
         """Every name that belongs to a packed weight."""
         found = set()
         for name, entry in self._checkpoint.entries.items():
-            is_plain = entry.dtype.is_floating_point and name not in self._states
-            packed = None if is_plain or not name.endswith("weight") else self.find(name)
+            is_weight = name.endswith("weight") and not entry.dtype.is_floating_point
+            packed = self.find(name) if is_weight or name in self._states else None
             if packed is not None:
                 found |= packed.names
         return found

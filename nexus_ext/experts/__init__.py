@@ -1,0 +1,1 @@
+"""Mixtures of experts: which experts are needed, when, and what stays."""
