@@ -15,7 +15,7 @@ from __future__ import annotations
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.errors import NexusError
 from nexus_ext.export import export, load_package
-from nexus_ext.module import close, plan_of, stats, stream, stream_all
+from nexus_ext.module import close, plan_of, save_hotness, stats, stream, stream_all
 from nexus_ext.plan import Plan
 from nexus_ext.pretrained import convert, from_pretrained
 from nexus_ext.profiling import Stats
@@ -49,6 +49,7 @@ __all__ = [
     "load_package",
     "plan_of",
     "quantize_layer",
+    "save_hotness",
     "stats",
     "stream",
     "stream_all",

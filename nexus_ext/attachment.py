@@ -22,7 +22,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -465,15 +465,26 @@ def _graph_task() -> int:
     return task
 
 
-class Attachment:
-    """What a streamed root holds: the streamer, the lock, and which group is live."""
+class Experts(Protocol):
+    """The experts of a model; see `nexus_ext.experts.attach.AttachedExperts`."""
 
-    def __init__(self, model: nn.Module, streamer: Streamer) -> None:
+    def begin_pass(self, num_positions: int | None) -> None: ...
+    def stats(self) -> Any: ...
+    def close(self) -> None: ...
+
+
+class Attachment:
+    """What a streamed root holds: the streamer, the lock, which group is live, and the experts."""
+
+    def __init__(
+        self, model: nn.Module, streamer: Streamer, experts: Experts | None = None
+    ) -> None:
         self.streamer = streamer
+        self.experts = experts
         self.lock = threading.RLock()
         self.turn = torch.zeros(1, dtype=torch.uint8, device=streamer.device.torch_device)
         self.life = _Life(streamer)
-        self._finalizer = weakref.finalize(model, streamer.close)
+        self._finalizer = weakref.finalize(model, _close_all, streamer, experts)
         model.__dict__["_nexus"] = self
 
     @property
@@ -481,10 +492,12 @@ class Attachment:
         return not self._finalizer.alive
 
     @contextlib.contextmanager
-    def one_pass(self) -> Iterator[None]:
-        """One thread, from the first group to the last."""
+    def one_pass(self, num_positions: int | None = None) -> Iterator[None]:
+        """One thread, from the first group to the last, over so many positions of a sequence."""
         with self.lock:
             outer, self.life.is_in_pass = self.life.is_in_pass, True
+            if self.experts is not None:
+                self.experts.begin_pass(num_positions)
             try:
                 yield
             finally:
@@ -494,6 +507,12 @@ class Attachment:
     def close(self) -> None:
         self.life.end()
         self._finalizer()
+
+
+def _close_all(streamer: Streamer, experts: Experts | None) -> None:
+    streamer.close()
+    if experts is not None:
+        experts.close()
 
 
 def attachment_of(model: nn.Module) -> Attachment:

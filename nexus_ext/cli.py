@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +48,10 @@ Weights = Annotated[
     str | None,
     typer.Option(help="nf4, nf4-nested, nf4-fine, int8 or mixed: pack once, and stream that."),
 ]
+ExpertBudget = Annotated[
+    str, typer.Option(help="Bytes for single experts, or a share of them all: 4GiB, 30%, auto.")
+]
+ExpertPolicy = Annotated[str, typer.Option(help="Which experts stay: reuse, lfu or lru.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.")]
 
 
@@ -73,6 +78,11 @@ def run(
     prefault: Prefault = None,
     by_rows: ByRows = None,
     weights: Weights = None,
+    expert_budget: ExpertBudget = "auto",
+    expert_policy: ExpertPolicy = "reuse",
+    expert_hotness: Annotated[
+        Path | None, typer.Option(help="Begin with the experts of this file; it is written anew.")
+    ] = None,
     compile_blocks: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks (torch.compile).")
     ] = False,
@@ -84,7 +94,7 @@ def run(
 
     from nexus_ext.blocks import find_blocks
     from nexus_ext.hub import locate
-    from nexus_ext.module import close, stats
+    from nexus_ext.module import close, save_hotness, stats
     from nexus_ext.pretrained import from_pretrained
 
     path = locate(model)
@@ -101,6 +111,9 @@ def run(
             prefault=prefault,
             by_rows=by_rows or (),
             weights=weights,
+            expert_budget=expert_budget,
+            expert_policy=expert_policy,
+            expert_hotness=expert_hotness if expert_hotness and expert_hotness.exists() else None,
             progress=progress,
         )
     if compile_blocks:
@@ -113,10 +126,14 @@ def run(
     seconds = time.perf_counter() - began
     text = tokenizer.decode(tokens[0], skip_special_tokens=True)
     counters = stats(streamed)
+    if expert_hotness is not None:
+        save_hotness(streamed, expert_hotness)
     close(streamed)
     num_new = tokens.shape[1] - inputs["input_ids"].shape[1]
     out.print(text, markup=False, highlight=False)
     err.print(f"{num_new} tokens in {seconds:.2f} s ({num_new / seconds:.2f} tokens/s); {counters}")
+    if counters.experts is not None:
+        err.print(f"experts: {counters.experts}")
     if counters.prefault_bytes:
         err.print(
             f"pre-fault: {format_bytes(counters.prefault_bytes)} warmed in "
@@ -129,7 +146,7 @@ def run(
             "tokens": tokens[0].tolist(),
             "seconds": seconds,
             "tokens_per_second": num_new / seconds,
-            "stats": counters.__dict__,
+            "stats": asdict(counters),
         },
     )
 
@@ -175,6 +192,68 @@ def bench(
     _write(json_file, result)
 
 
+@app.command("bench-experts")
+def bench_experts(
+    model: Model,
+    budgets: Annotated[
+        str, typer.Option(help="For experts, with commas: 5,10,50,100% of them, or 1,2GiB.")
+    ] = "5,10,20,40,60,80,100%",
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="direct, mmap, residency-lru or buffered; may be repeated."),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    segment_tokens: Annotated[int, typer.Option(min=1, help="Of one arm's turn.")] = 16,
+    prefills: Annotated[int, typer.Option(min=1, help="Rounds of the prompt.")] = 3,
+    prompt_ids: Annotated[
+        Path | None, typer.Option(help="JSON list of ids; default: the model's prompt_ids.json.")
+    ] = None,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Begin with the files in the page cache: from RAM.")
+    ] = False,
+    policy: ExpertPolicy = "reuse",
+    predict: Annotated[str, typer.Option(help="Fetch experts ahead: auto, on or off.")] = "auto",
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the result: FILE.png.")] = None,
+) -> None:
+    """Measure a mixture of experts by strategy and budget, beside itself in memory."""
+    from nexus_ext.bench_experts import bench_experts as measure
+    from nexus_ext.bench_experts import parse_budgets
+    from nexus_ext.expert_report import check_can_plot, experts_tables, plot_experts
+    from nexus_ext.expert_work import Work
+    from nexus_ext.hub import locate
+
+    if plot is not None:
+        check_can_plot()
+    parsed, path = parse_budgets(budgets), locate(model)
+    work = Work.of(
+        path,
+        prompt_tokens,
+        new_tokens,
+        batch=batch,
+        prompt_ids=prompt_ids,
+        segment_tokens=segment_tokens,
+        num_prefills=prefills,
+        is_warm=warm,
+    )
+    with err.status("starting") as status:
+        result = measure(
+            path,
+            work=work,
+            budgets=parsed,
+            strategies=strategy or ["direct"],
+            policy=policy,
+            predict=predict,
+            progress=_narrator(status.update),
+        )
+    out.print(*experts_tables(result))
+    _write(json_file, result)
+    if plot is not None:
+        plot_experts(result, plot)
+
+
 @app.command()
 def plan(
     model: Model,
@@ -183,6 +262,7 @@ def plan(
     lookahead: Lookahead = "auto",
     ram_budget: RamBudget = "auto",
     by_rows: ByRows = None,
+    expert_budget: ExpertBudget = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """Show what would stay, what would stream, and the step that predicts. Reads no weights."""
@@ -195,10 +275,10 @@ def plan(
         lookahead=lookahead,
         ram_budget=ram_budget,
         by_rows=by_rows or (),
+        expert_budget=expert_budget,
     )
     out.print(made.describe(), markup=False, highlight=False)
-    fields = dict(made.__dict__)
-    _write(json_file, fields | {"device_bytes": made.device_bytes})
+    _write(json_file, asdict(made) | {"device_bytes": made.device_bytes})
 
 
 @app.command()

@@ -7,6 +7,7 @@ NEXUS_POISON    1 fills freed arenas with NaN bytes: a wrong read cannot pass un
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Literal, cast, get_args
 from nexus_ext.errors import ConfigError
 from nexus_ext.memory import parse_bytes
 
-__all__ = ["IoMode", "Prefault", "StreamConfig", "Verify", "home_folder"]
+__all__ = ["IoMode", "Predict", "Prefault", "StreamConfig", "Verify", "home_folder"]
 
 IoMode = Literal["auto", "direct", "buffered", "mmap", "gds"]
 Verify = Literal["off", "first", "always"]
 Prefault = Literal["auto", "on", "off"]
+Predict = Literal["auto", "on", "off"]
+ExpertDevice = Literal["auto", "cpu"]
 
 # A read smaller than the largest alignment unit cannot be cut.
 _SMALLEST_CHUNK_BYTES = 64 << 10
@@ -44,6 +47,15 @@ class StreamConfig:
         chunk_bytes: Most bytes of one read, or "auto": 1 MiB, on a GPU what its link likes.
         use_uring: Whether io_uring may be used where it works.
         tile_bytes: Bytes of one tile of a projection that is read by rows, about.
+        trailing_drop: Whether pages that were used leave the page cache (mmap, buffered); "auto"
+            keeps mapped ones that fit in memory.
+        expert_budget: Bytes for the experts of a mixture-of-experts model, or a share of them all
+            ("30%", 0.3); "auto" is what the dense weights leave of `budget`.
+        expert_policy: Which experts stay: a name of `nexus_ext.experts.policy.POLICIES`.
+        expert_device: "cpu" computes experts there, out of host memory, while a GPU does the rest;
+            "auto" where the model computes.
+        expert_predict: Fetch what the next layer will want: "on", "off", or "auto", while it pays.
+        expert_hotness: File of `save_hotness`: the experts to begin with.
     """
 
     budget: int | Literal["auto"] = "auto"
@@ -56,6 +68,12 @@ class StreamConfig:
     chunk_bytes: int | Literal["auto"] = "auto"
     use_uring: bool = True
     tile_bytes: int = 8 << 20
+    trailing_drop: bool | Literal["auto"] = "auto"
+    expert_budget: int | float | Literal["auto"] = "auto"
+    expert_policy: str = "reuse"
+    expert_device: ExpertDevice = "auto"
+    expert_predict: Predict = "auto"
+    expert_hotness: Path | None = None
 
     @classmethod
     def of(
@@ -71,6 +89,12 @@ class StreamConfig:
         chunk_bytes: str | int = "auto",
         use_uring: bool = True,
         tile_bytes: str | int = 8 << 20,
+        trailing_drop: bool | str = "auto",
+        expert_budget: str | int | float = "auto",
+        expert_policy: str = "reuse",
+        expert_device: str = "auto",
+        expert_predict: str = "auto",
+        expert_hotness: str | Path | None = None,
     ) -> StreamConfig:
         """Check and convert what a user wrote.
 
@@ -96,6 +120,16 @@ class StreamConfig:
             chunk_bytes=chunk,
             use_uring=use_uring,
             tile_bytes=parse_bytes(tile_bytes),
+            trailing_drop=_bool_or_auto("trailing_drop", trailing_drop),
+            expert_budget=_bytes_or_share(expert_budget),
+            expert_policy=expert_policy,
+            expert_device=cast(
+                ExpertDevice, _one_of("expert_device", expert_device, get_args(ExpertDevice))
+            ),
+            expert_predict=cast(
+                Predict, _one_of("expert_predict", expert_predict, get_args(Predict))
+            ),
+            expert_hotness=None if expert_hotness is None else Path(expert_hotness),
         )
 
 
@@ -107,6 +141,32 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
 
 def _bytes_or_auto(value: str | int) -> int | Literal["auto"]:
     return "auto" if value == "auto" else parse_bytes(value)
+
+
+def _bool_or_auto(name: str, value: bool | str) -> bool | Literal["auto"]:
+    if isinstance(value, bool):
+        return value
+    if value != "auto":
+        raise ConfigError(f"{name} must be True, False or 'auto', got {value!r}.")
+    return "auto"
+
+
+def _bytes_or_share(value: str | int | float) -> int | float | Literal["auto"]:
+    """Bytes, a share in (0, 1] (as 0.3 or "30%"), or "auto"."""
+    share: float | None = value if isinstance(value, float) else None
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            share = float(value.strip().removesuffix("%")) / 100
+        except ValueError:
+            share = math.nan
+    if share is None:
+        return _bytes_or_auto(cast("str | int", value))
+    if not 0 < share <= 1:
+        raise ConfigError(
+            "expert_budget must be bytes ('4GiB'), a share above 0 % and up to 100 % ('30%'), or "
+            f"'auto'; got {value!r}."
+        )
+    return share
 
 
 def _lookahead(value: int | str) -> int | Literal["auto"]:

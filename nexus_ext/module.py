@@ -6,8 +6,11 @@ get a subclass of their own class, with the same name: see nexus_ext/subclass.py
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +26,17 @@ from nexus_ext.attachment import (
 )
 from nexus_ext.checkpoint import Checkpoint, Group, Member
 from nexus_ext.config import StreamConfig
+from nexus_ext.conversion import Conversion
 from nexus_ext.device import Device
 from nexus_ext.engine import Faults
 from nexus_ext.errors import ConfigError, StreamError
+from nexus_ext.experts.attach import AttachedExperts, asks_registry, gates_of
+from nexus_ext.experts.budget import Division, divide
+from nexus_ext.experts.find import ExpertLayer, find_experts
+from nexus_ext.experts.runner import ExpertRunner
 from nexus_ext.layout import Layout, lay_out
 from nexus_ext.memory import default_budget
+from nexus_ext.mode import choose
 from nexus_ext.plan import Plan, divide_budget
 from nexus_ext.profiling import Stats
 from nexus_ext.quant.formats import PackedWeight
@@ -35,7 +44,7 @@ from nexus_ext.quant.gguf_file import open_checkpoint
 from nexus_ext.streamer import Progress, Streamer, plan_groups
 from nexus_ext.subclass import restore_all, subclass_all
 
-__all__ = ["close", "plan_of", "stats", "stream", "stream_all"]
+__all__ = ["close", "plan_of", "save_hotness", "stats", "stream", "stream_all"]
 
 # More than any checkpoint needs besides its own bytes: padding, arenas of tiles.
 _ROOMY = 1 << 30
@@ -76,7 +85,8 @@ def stream(
         progress: Called as (what, done_bytes, total_bytes) while weights are read.
         faults: Test hook.
         **options: budget, io, lookahead, ram_budget, verify, prefault, depth, chunk_bytes,
-            use_uring, tile_bytes; see `StreamConfig`.
+            use_uring, tile_bytes, trailing_drop, and for mixture-of-experts models expert_budget,
+            expert_policy, expert_device, expert_predict, expert_hotness; see `StreamConfig`.
 
     Returns:
         The model. It streams until `close(model)`, the end of a `with` block, or its collection.
@@ -92,16 +102,30 @@ def stream(
     _detach_closed(model)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
-    layout = lay_out(model, checkpoint, groups, rename, strict=strict, by_rows=by_rows, keep=keep)
+    rename = rename or Conversion.of(model, checkpoint)
+    keep = [keep] if isinstance(keep, str) else list(keep)
+    layers = _expert_layers(model, checkpoint, rename, keep)
+    layout = lay_out(
+        model,
+        checkpoint,
+        groups,
+        rename,
+        strict=strict,
+        by_rows=by_rows,
+        keep=keep,
+        experts=layers,
+    )
     _check_blocks(layout.blocks)
     _check_verified(config, layout)
+    _check_experts(config, model, layers)
+    division = divide(checkpoint, layout, layers, config, target) if layers else None
     # Arenas outlive an inference_mode that is on now, and gradients need their version counters.
     with torch.inference_mode(False):
         streamer = Streamer(
             checkpoint,
             layout.groups,
             layout.outside,
-            config,
+            config if division is None else division.config,
             target,
             projections=layout.projections,
             tables=layout.tables,
@@ -109,8 +133,50 @@ def stream(
             faults=faults,
             progress=progress,
         )
-        _attach(layout, streamer)
+        experts = None
+        try:
+            if division is not None:
+                experts = _attach_experts(layout, layers, division, checkpoint, faults)
+                streamer.plan = division.whole_plan(streamer.plan)
+            _attach(layout, streamer, experts)
+        except BaseException:
+            streamer.close()
+            if experts is not None:
+                experts.close()
+            raise
     return model
+
+
+def _expert_layers(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    rename: Callable[[str], str] | None,
+    keep: Iterable[str] = (),
+) -> list[ExpertLayer]:
+    """The experts that can stream one by one; those of other modules move with their blocks."""
+    layers = find_experts(model, checkpoint, rename)
+    layers = [layer for layer in layers if asks_registry(model.get_submodule(layer.path))]
+    for pattern in keep:
+        for layer in layers:
+            if kept := fnmatch.filter(layer.claimed, pattern):
+                raise StreamError(
+                    f"keep is for parameters that the checkpoint lacks; {min(kept)} holds experts, "
+                    f"which it has, and matches {pattern!r}. Leave them out of keep."
+                )
+    return layers
+
+
+def _attach_experts(
+    layout: Layout,
+    layers: list[ExpertLayer],
+    division: Division,
+    checkpoint: Checkpoint,
+    faults: Faults | None,
+) -> AttachedExperts:
+    gates = gates_of(layout.model, checkpoint, layers, layout.source)
+    choice = choose(checkpoint, division.config, division.device)
+    runner = ExpertRunner(checkpoint, layers, division, choice, gates, faults=faults)
+    return AttachedExperts(layout.model, layers, runner)
 
 
 def stream_all(
@@ -162,16 +228,24 @@ def _whole_plan(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     about_layout = ("groups", "rename", "strict", "by_rows", "keep")
-    layout = lay_out(model, checkpoint, **{n: options[n] for n in about_layout if n in options})
+    layers = _expert_layers(model, checkpoint, options.get("rename"))
+    layout = lay_out(
+        model,
+        checkpoint,
+        **{n: options[n] for n in about_layout if n in options},
+        experts=layers,
+    )
     config = StreamConfig.of(
         budget=2 * checkpoint.nbytes + _ROOMY,
         **{name: options[name] for name in options if name in StreamConfig.__annotations__},
     )
     device = Device.of(options.get("device", "cpu"))
+    division = divide(checkpoint, layout, layers, config, device) if layers else None
+    config = config if division is None else division.config
     plan, _ = plan_groups(
         checkpoint, layout.groups, layout.outside, config, device, projections=layout.projections
     )
-    return plan
+    return plan if division is None else division.whole_plan(plan)
 
 
 def stats(model: nn.Module) -> Stats:
@@ -181,7 +255,26 @@ def stats(model: nn.Module) -> Stats:
         StreamError: The model is not streamed.
         EngineClosed: It was closed.
     """
-    return attachment_of(model).streamer.stats()
+    attachment = attachment_of(model)
+    experts = attachment.experts
+    return replace(
+        attachment.streamer.stats(), experts=None if experts is None else experts.stats()
+    )
+
+
+def save_hotness(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write which experts of a streamed model are hot; `expert_hotness=path` begins with them.
+
+    Raises:
+        StreamError: The model is not streamed, or has no experts.
+        WriteError: The file cannot be written.
+    """
+    experts = attachment_of(model).experts
+    if not isinstance(experts, AttachedExperts):
+        raise StreamError(
+            f"Only experts have hotness; {type(model).__name__} streams none. Nothing was written."
+        )
+    experts.runner.save_hotness(Path(path))
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -204,6 +297,19 @@ def _check_blocks(blocks: list[tuple[str, nn.Module]]) -> None:
                 f"A block's forward must be its class's; that of {name!r} was replaced (by "
                 "accelerate's hooks, perhaps). Remove them before streaming."
             )
+
+
+def _check_experts(config: StreamConfig, model: nn.Module, layers: list[ExpertLayer]) -> None:
+    if layers:
+        return
+    asked = StreamConfig()
+    names = ("expert_budget", "expert_device", "expert_hotness")
+    given = [name for name in names if getattr(config, name) != getattr(asked, name)]
+    if given:
+        raise StreamError(
+            f"{given[0]} is for models with experts that transformers can dispatch; "
+            f"{type(model).__name__} has none. Leave it out."
+        )
 
 
 def _check_verified(config: StreamConfig, layout: Layout) -> None:
@@ -229,8 +335,8 @@ def _detach_closed(model: nn.Module) -> None:
 # -- from a layout to the model: nothing before changed it -----------------------------------------
 
 
-def _attach(layout: Layout, streamer: Streamer) -> None:
-    attachment = Attachment(layout.model, streamer)
+def _attach(layout: Layout, streamer: Streamer, experts: AttachedExperts | None) -> None:
+    attachment = Attachment(layout.model, streamer, experts)
     where = streamer.device.torch_device
     layout.packed = {name: weight.on(where) for name, weight in layout.packed.items()}
     _place_outside(layout, streamer)

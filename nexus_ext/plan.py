@@ -13,7 +13,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 from nexus_ext.errors import BudgetError, ConfigError
 from nexus_ext.memory import format_bytes
@@ -35,6 +35,14 @@ class Rates:
     link_bytes_per_second: float | None = None
 
 
+class ExpertSlots(Protocol):
+    """What the experts of a model get; see `nexus_ext.experts.slots.SlotPlan`."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def describe(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """What goes where. Groups are indices in forward order; every figure is bytes or seconds.
@@ -46,6 +54,7 @@ class Plan:
     `tiled_bytes` of projections are read by rows in every pass, through `tile_arena_bytes`.
     `minimum_bytes` is the smallest budget `make_plan` accepts, as a rule that of lookahead 1. A
     prediction is None while its rates are unknown; with unknown compute the step is the I/O bound.
+    `experts` are slots for single experts, beside everything else and in the same budget.
     """
 
     budget_bytes: int
@@ -63,6 +72,7 @@ class Plan:
     predicted_io_seconds: float | None = None
     predicted_compute_seconds: float | None = None
     predicted_step_seconds: float | None = None
+    experts: ExpertSlots | None = None
 
     @property
     def num_groups(self) -> int:
@@ -92,7 +102,8 @@ class Plan:
     def device_bytes(self) -> int:
         """Bytes of device memory in use; never more than the budget."""
         arenas = sum(self.arena_bytes) + self.tile_arena_bytes
-        return self.outside_bytes + self.resident_bytes + arenas
+        experts = 0 if self.experts is None else self.experts.nbytes
+        return self.outside_bytes + self.resident_bytes + arenas + experts
 
     def describe(self) -> str:
         """The plan as a table for people, one fact a line."""
@@ -103,6 +114,7 @@ class Plan:
             else ""
         )
         ram = f"in RAM    groups: {len(self.in_ram)}, {size(self.ram_bytes)}\n" * bool(self.in_ram)
+        experts = "" if self.experts is None else f"{self.experts.describe()}\n"
         compute = self.predicted_compute_seconds
         bound = "at least " if compute is None and step is not None else ""
         return (
@@ -111,7 +123,7 @@ class Plan:
             f"streamed  groups: {len(self.streamed)}, {size(self.streamed_bytes)} a pass\n"
             f"arenas    {len(self.arena_bytes)}, {size(sum(self.arena_bytes))}, "
             f"lookahead {self.lookahead}\n"
-            f"{ram}{tiles}"
+            f"{ram}{tiles}{experts}"
             f"device    {size(self.device_bytes)} of a budget of {size(self.budget_bytes)}; "
             f"the smallest that works is {size(self.minimum_bytes)}\n"
             f"step      {bound}{_seconds(step)}: I/O {_seconds(self.predicted_io_seconds)}, "

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from torch import nn
 
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.config import StreamConfig, home_folder
+from nexus_ext.conversion import Conversion
 from nexus_ext.device import Device
 from nexus_ext.errors import ConfigError, MissingExtra
+from nexus_ext.experts.budget import divide
+from nexus_ext.experts.find import find_experts
 from nexus_ext.hub import locate
 from nexus_ext.layout import lay_out
 from nexus_ext.module import stream
@@ -61,7 +65,8 @@ def from_pretrained(
             convert the checkpoint once (into NEXUS_HOME) and stream that. None streams it as it is,
             be it plain or packed.
         progress: As in `stream`.
-        **options: As in `stream`: budget, io, lookahead, ram_budget, verify, prefault, ...
+        **options: As in `stream`: budget, io, lookahead, ram_budget, verify, prefault,
+            expert_budget, ...
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -104,16 +109,21 @@ def plan_pretrained(
     checkpoint = open_checkpoint(path)
     model = build_empty(path, checkpoint, model_class)
     rename = _renaming(model, checkpoint)
-    layout = lay_out(model, checkpoint, groups, rename, strict=False, by_rows=by_rows)
+    experts = find_experts(model, checkpoint, rename)
+    layout = lay_out(
+        model, checkpoint, groups, rename, strict=False, by_rows=by_rows, experts=experts
+    )
+    config, target = StreamConfig.of(**options), Device.of(device)
+    division = divide(checkpoint, layout, experts, config, target) if experts else None
     plan, _ = plan_groups(
         checkpoint,
         layout.groups,
         layout.outside,
-        StreamConfig.of(**options),
-        Device.of(device),
+        config if division is None else division.config,
+        target,
         projections=layout.projections,
     )
-    return plan
+    return plan if division is None else division.whole_plan(plan)
 
 
 def convert(
@@ -127,8 +137,9 @@ def convert(
 ) -> list[PackedModule]:
     """Pack a model's checkpoint: what `from_pretrained` streams in a quarter of the bytes.
 
-    Linear layers in the model's blocks are packed, everything else is copied. Never holds more than
-    one group. An interrupted conversion goes on where it stopped.
+    Linear layers in the model's blocks and experts are packed, routers and everything else are
+    copied. Never holds more than one group, or some experts. An interrupted conversion goes on
+    where it stopped.
 
     Args:
         name: A folder with config.json and safetensors, or a hub id.
@@ -151,10 +162,18 @@ def convert(
     checkpoint = open_checkpoint(path)
     model = build_empty(path, checkpoint, model_class)
     rename = _renaming(model, checkpoint)
-    layout = lay_out(model, checkpoint, groups, rename, strict=False)
+    experts = find_experts(model, checkpoint, rename)
+    layout = lay_out(model, checkpoint, groups, rename, strict=False, experts=experts)
     moved = [[member.name for member in group.members] for group in layout.groups]
     return convert_checkpoint(
-        model, checkpoint, moved, Path(folder), config, rename=rename, progress=progress
+        model,
+        checkpoint,
+        moved,
+        Path(folder),
+        config,
+        experts=experts,
+        rename=rename,
+        progress=progress,
     )
 
 
@@ -191,12 +210,15 @@ def build_empty(
         raise ConfigError(f"A model folder needs a config.json; {path}: {error}") from error
     kind = _class_of(transformers, config, model_class)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(_dtype_of(config, checkpoint))
+    dtype = _dtype_of(config, checkpoint)
+    torch.set_default_dtype(dtype)
     try:
         with _parameters_on_meta():
             model: nn.Module = kind(config)
     finally:
         torch.set_default_dtype(before)
+    if dtype in (torch.float16, torch.bfloat16):
+        _keep_in_float32(model, dtype, checkpoint)
     model.tie_weights()  # type: ignore[operator]
     if (path / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
@@ -250,6 +272,26 @@ def _dtype_of(config: Any, checkpoint: Checkpoint) -> torch.dtype:
     return max(weights, key=lambda dtype: weights[dtype], default=fallback)
 
 
+def _keep_in_float32(model: nn.Module, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
+    """What transformers keeps in float32, the scores of a router perhaps, where it is stored so."""
+    patterns = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if not patterns:
+        return
+    kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns))
+    rename = _renaming(model, checkpoint)
+    for path, module in model.named_modules():
+        for owned in (module._parameters, module._buffers):
+            for leaf, tensor in owned.items():
+                name = f"{path}.{leaf}" if path else leaf
+                if tensor is None or tensor.dtype != dtype or not kept.search(name):
+                    continue
+                sources = [checkpoint.entries.get(source) for source in _sources(rename, name)]
+                if all(entry and entry.dtype == torch.float32 for entry in sources):
+                    tensor.data = tensor.data.float()
+
+
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Parameters are made without memory; buffers, which no checkpoint may hold, are real."""
@@ -268,22 +310,23 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _renaming(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
-    """Names differ by the base model's prefix when model and checkpoint differ in their head; those
-    of GGUF are others altogether.
+    """Names differ by the base model's prefix when model and checkpoint differ in their head, and
+    by what transformers renames; those of GGUF are others altogether.
     """
     if isinstance(checkpoint, GGUFCheckpoint):
         return checkpoint.rename
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return Conversion.of(model, checkpoint)
 
-    def rename(name: str) -> str:
-        candidates = (name, name.removeprefix(prefix), prefix + name)
-        return next((c for c in candidates if c in checkpoint.entries), name)
 
-    return rename
+def _sources(rename: Callable[[str], str], name: str) -> list[str]:
+    """The checkpoint's names of all that a tensor of the model needs."""
+    return rename.sources(name) if isinstance(rename, Conversion) else [rename(name)]
 
 
 def _report_unused(model: nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str]) -> None:
-    used = {rename(name) for name in model.state_dict()} | PackedWeights(checkpoint).names()
+    used = PackedWeights(checkpoint).names()
+    for name in model.state_dict():
+        used.update(_sources(rename, name))
     unused = [name for name in checkpoint.entries if name not in used]
     if unused:
         _log.info(

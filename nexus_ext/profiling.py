@@ -51,7 +51,8 @@ class Stats:
     `io_mode` and `reader` are what is really in use; `io_reason` says why it was chosen, `refusal`
     why something better was not. A hit is an acquire that found its group landed, a wait one that
     did not; `stall_seconds` is the time spent waiting. `busy_seconds` is the time with reads in
-    flight. A misprediction is an acquire of a group that nobody had started to load.
+    flight. A misprediction is an acquire of a group that nobody had started to load. `experts` is
+    the `ExpertStats` of a mixture-of-experts model, else None.
     """
 
     io_mode_requested: str
@@ -105,11 +106,12 @@ class Stats:
     prefault_bytes: int
     prefault_seconds: float
     prefault_reason: str
+    experts: Any = None
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> Stats:
         """From the engine's report and the streamer's; fields this class lacks are left out."""
-        return cls(**{field.name: report[field.name] for field in fields(cls)})
+        return cls(**{f.name: report[f.name] for f in fields(cls)})
 
     @property
     def streamed_gbps(self) -> float:

@@ -226,6 +226,7 @@ class Streamer:
                 "resident_groups": len(self.plan.resident),
                 "streamed_groups": len(self.plan.streamed),
                 "lookahead": self.plan.lookahead,
+                "experts": None,
             }
         )
 

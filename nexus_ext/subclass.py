@@ -305,12 +305,22 @@ def _refuse_gradients(slot: GroupSlot, tensors: list[torch.Tensor]) -> None:
         )
 
 
+def _num_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """How many positions of each sequence go through, where the input says it by its shape."""
+    named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))
+    found = [*named, *args[:1]]
+    for value in found:
+        if isinstance(value, torch.Tensor) and value.dim() >= 2:
+            return value.shape[1]
+    return None
+
+
 def _serialised(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def forward_in_one_thread(self: M, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
-        with self._nexus.one_pass():
+        with self._nexus.one_pass(_num_positions(args, kwargs)):
             return forward(self, *args, **kwargs)
 
     return forward_in_one_thread

@@ -252,6 +252,9 @@ def test_every_figure_of_stats_is_filled(source: Source) -> None:
     streamer = source.stream(io="direct")
     stats = streamer.stats()
     for field in fields(Stats):
+        if field.name == "experts":
+            assert stats.experts is None  # this model has none
+            continue
         kind = {"int": int, "str": str, "float": float, "bool": bool}[field.type]
         assert type(getattr(stats, field.name)) is kind, field.name
     streamer.close()
