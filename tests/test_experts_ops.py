@@ -407,7 +407,6 @@ def test_gradients_through_compiled_experts_are_the_eager_ones(subject: Subject)
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-@pytest.mark.xfail(strict=True, reason="a compiled root announces no pass: the last one's counts")
 def test_what_is_compiled_after_an_eager_prefill_is_no_prefill(subject: Subject) -> None:
     """transformers compiles the decoding alone."""
     compiled = torch.compile(subject.model, backend="eager", fullgraph=True)

@@ -138,7 +138,7 @@ def test_packed_experts_are_decoded_in_one_launch(
     assert len(calls) == 2  # gate and up, down
     monkeypatch.undo()
     for row, expert in enumerate(chosen.tolist()):
-        alone = one._one(hidden[row : row + 1], expert)
+        alone = one._one_by_one(hidden[row : row + 1], [1], [expert])
         torch.testing.assert_close(over_slots[row : row + 1], alone, rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(model(ids[:, :4]).logits, expected, rtol=1e-3, atol=1e-3)
     nexus.close(model)

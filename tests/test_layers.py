@@ -234,6 +234,7 @@ TOOLS = {
     "demo",
     "doctor",
     "expert_arms",
+    "expert_figures",
     "expert_report",
     "expert_work",
     "limit",

@@ -11,7 +11,7 @@ pure: where experts are and how they got there cannot be seen.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -103,37 +103,23 @@ class StreamedExperts:
     ) -> torch.Tensor | None:
         """One row for each choice, in the order of choices: [T * K, H]."""
         rows = _Rows(hidden, top_k_index, self.num_experts)
-        out: torch.Tensor | None = None
 
         def compute(experts: Sequence[int]) -> None:
-            nonlocal out
-            for part, result in self._results(rows, experts):
-                if out is None:
-                    out = result.new_empty(len(rows.hidden), result.shape[-1])
-                out[part] = result
+            rows.put(experts, self._through(rows, experts))
 
         with annotate("experts", hidden):
             self._runner.run(self.number, hidden, rows.experts, compute)
-        return None if out is None else out[rows.inverse]
+        return rows.by_choice()
 
-    def _results(
-        self, rows: _Rows, experts: Sequence[int]
-    ) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor]]:
-        """Rows of experts that have landed, and what becomes of them."""
+    def _through(self, rows: _Rows, experts: Sequence[int]) -> torch.Tensor:
+        """The rows of experts that have landed through them."""
+        x, counts = rows.take(experts), rows.count(experts)
         pool = self.pool
-        if pool is not None and pool.can_take(sum(map(rows.count, experts))):
-            part = torch.cat([rows.numbers(expert) for expert in experts])
-            slots = torch.cat(
-                [
-                    torch.full((rows.count(expert),), self._runner.slot(self.number, expert))
-                    for expert in experts
-                ]
-            ).to(part.device, non_blocking=True)
-            yield part, pool.product(rows.hidden[part], slots)
-            return
-        for expert in experts:
-            part_of_one = rows.of(expert)
-            yield part_of_one, self._one(rows.hidden[part_of_one], expert)
+        if pool is None or not pool.can_take(len(x)):
+            return self._one_by_one(x, counts, experts)
+        slots = torch.tensor([self._runner.slot(self.number, expert) for expert in experts])
+        slots = slots.repeat_interleave(torch.tensor(counts)).to(x.device, non_blocking=True)
+        return pool.product(x, slots)
 
     def backward(
         self,
@@ -156,7 +142,7 @@ class StreamedExperts:
                 part = rows.of(expert)
                 with torch.enable_grad():
                     x = rows.hidden[part].detach().requires_grad_()
-                    result = self._one(x, expert)
+                    result = self._one_by_one(x, [len(x)], [expert])
                     result = norm(result) if norm is not None else result
                     w = weights[part].detach().requires_grad_()
                     given = torch.autograd.grad(
@@ -171,27 +157,41 @@ class StreamedExperts:
             grad_weights[rows.inverse].view(top_k_weights.shape).to(top_k_weights.dtype),
         )
 
-    def _one(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """One expert's rows through it: [n, H] to [n, H]. Its tensors are there for this call."""
+    def _one_by_one(
+        self, x: torch.Tensor, counts: list[int], experts: Sequence[int]
+    ) -> torch.Tensor:
+        """So many rows for each of these experts through him: [n, H] to [n, H]. Their tensors are
+        there for this call.
+        """
         module = self.module
-        tensors = self._runner.tensors(self.number, expert)
-        where = next(iter(tensors.values())).device
-        y = x.to(where)
+        there = [self._runner.tensors(self.number, expert) for expert in experts]
+        y = x.to(next(iter(there[0].values())).device)
         has_gate = getattr(module, "has_gate", True)
-        y = self._linear(y, "gate_up_proj" if has_gate else "up_proj", expert, tensors)
+        y = self._linear(y, "gate_up_proj" if has_gate else "up_proj", counts, experts, there)
         y = module._apply_gate(y) if has_gate else module.act_fn(y)
-        return self._linear(y, "down_proj", expert, tensors).to(x.device)
+        return self._linear(y, "down_proj", counts, experts, there).to(x.device)
 
     def _linear(
-        self, x: torch.Tensor, name: str, expert: int, tensors: Mapping[str, torch.Tensor]
+        self,
+        x: torch.Tensor,
+        name: str,
+        counts: list[int],
+        experts: Sequence[int],
+        there: list[Mapping[str, torch.Tensor]],
     ) -> torch.Tensor:
-        module = self.module
-        weights = self._weights[expert]
-        is_transposed = getattr(module, "is_transposed", False)
-        results = [_product(x, piece, tensors, is_transposed) for piece in weights[name]]
-        y = results[0] if len(results) == 1 else torch.cat(results, dim=-1)
-        bias = weights.get(f"{name}_bias")
-        return y if bias is None else y.add_(tensors[bias[0].parts[""]])
+        is_transposed = getattr(self.module, "is_transposed", False)
+        results = []
+        for rows, expert, tensors in zip(torch.split(x, counts), experts, there, strict=True):
+            weights = self._weights[expert]
+            parts = [_product(rows, piece, tensors, is_transposed) for piece in weights[name]]
+            y = _joined(parts, dim=-1)
+            bias = weights.get(f"{name}_bias")
+            results.append(y if bias is None else y.add_(tensors[bias[0].parts[""]]))
+        return _joined(results, dim=0)
+
+
+def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 def _product(
@@ -199,7 +199,8 @@ def _product(
 ) -> torch.Tensor:
     if piece.packing is None:
         weight = tensors[piece.parts[""]]
-        return torch.mm(x.to(weight.dtype), weight if is_transposed else weight.t())
+        x = x if x.dtype is weight.dtype else x.to(weight.dtype)
+        return torch.mm(x, weight if is_transposed else weight.t())
     parts = {part: tensors[name] for part, name in piece.parts.items()} | dict(piece.constants)
     if is_transposed:
         return torch.mm(x, piece.packing.decode(parts, x.dtype))
@@ -221,8 +222,7 @@ class _Rows:
         chosen, self.order = torch.sort(flat)
         self.tokens = self.order // top_k_index.shape[-1]
         self.hidden = hidden[self.tokens]
-        self.inverse = torch.empty_like(self.order)
-        self.inverse[self.order] = torch.arange(len(flat), device=flat.device)
+        self.inverse = self.order.argsort()
         # The host must know whom to load: on a GPU it waits for the router here, once.
         steps = torch.arange(num_experts + 1, device=flat.device)
         bounds: list[int] = torch.searchsorted(chosen, steps).tolist()
@@ -234,20 +234,36 @@ class _Rows:
             )
         self._bounds = bounds
         self.experts = [e for e in range(num_experts) if bounds[e] < bounds[e + 1]]
+        self._out: torch.Tensor | None = None
 
     def of(self, expert: int) -> slice:
         """The rows of an expert."""
         return slice(self._bounds[expert], self._bounds[expert + 1])
 
-    def count(self, expert: int) -> int:
-        """How many these are."""
-        return self._bounds[expert + 1] - self._bounds[expert]
+    def count(self, experts: Sequence[int]) -> list[int]:
+        """How many rows each of these has."""
+        return [self._bounds[expert + 1] - self._bounds[expert] for expert in experts]
 
-    def numbers(self, expert: int) -> torch.Tensor:
-        """The same as numbers, on the rows' device."""
-        return torch.arange(
-            self._bounds[expert], self._bounds[expert + 1], device=self.hidden.device
-        )
+    def take(self, experts: Sequence[int]) -> torch.Tensor:
+        """The rows of these experts, one after the other."""
+        if experts == self.experts:
+            return self.hidden
+        return _joined([self.hidden[self.of(expert)] for expert in experts], dim=0)
+
+    def put(self, experts: Sequence[int], results: torch.Tensor) -> None:
+        """What became of the rows that `take` gave."""
+        if experts == self.experts:
+            self._out = results
+            return
+        if self._out is None:
+            self._out = results.new_empty(len(self.hidden), results.shape[-1])
+        parts = torch.split(results, self.count(experts))
+        for expert, part in zip(experts, parts, strict=True):
+            self._out[self.of(expert)] = part
+
+    def by_choice(self) -> torch.Tensor | None:
+        """What became of all rows, in the order of choices; None if there are none."""
+        return None if self._out is None else self._out[self.inverse]
 
 
 # What ids stand for. Filled and emptied with models.

@@ -25,6 +25,9 @@ from nexus_ext.errors import ConfigError
 
 __all__ = ["POLICIES", "Lfu", "Lru", "Policy", "Reuse", "make_policy"]
 
+# Selections that may wait until somebody wants to know.
+_MOST_UNREAD = 64
+
 _NEVER = torch.tensor(math.inf, dtype=torch.float64)
 
 
@@ -32,6 +35,7 @@ class Policy(ABC):
     """What to keep. For one thread at a time; nothing here waits for anything."""
 
     name: ClassVar[str]
+    _worth: Tensor
 
     def __init__(self, layer_of: Sequence[int]) -> None:
         """`layer_of` is the layer of every key: numbers that ascend in forward order.
@@ -48,20 +52,24 @@ class Policy(ABC):
             )
         self._turn = 0
         self._last_layer: float = math.inf
+        self._unread: list[tuple[int, tuple[int, ...], bool]] = []
 
-    @abstractmethod
     def select(self, layer: int, keys: Sequence[int], *, is_prefill: bool = False) -> None:
         """One forward of `layer` used these distinct keys, all of that layer.
 
         A prefill is a forward of many tokens of a prompt: it says little about those to come.
         """
+        self._unread.append((layer, tuple(keys), is_prefill))
+        if len(self._unread) == _MOST_UNREAD:
+            self._read()
 
-    @abstractmethod
     def worth(self) -> Tensor:
         """What keeping each key is worth now: finite float64, one a key; the lowest leaves first.
 
         Only the order means something. The tensor is the policy's own and changes with it.
         """
+        self._read()
+        return self._worth
 
     def victims(self, count: int, present: Tensor, held: Collection[int] = ()) -> list[int]:
         """The `count` keys of least worth, least first, that are present and not held.
@@ -82,23 +90,44 @@ class Policy(ABC):
 
     def hottest(self, count: int) -> list[int]:
         """The `count` keys most used, most first: what to load before the first token comes."""
+        self._read()
         most = self._heat().topk(min(max(count, 0), self.num_keys))
         return most.indices.tolist()
 
-    @abstractmethod
     def state(self) -> dict[str, Any]:
         """What is worth remembering until the next run, in types that JSON knows."""
+        self._read()
+        return {"name": self.name} | self._remembered()
 
-    @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
         """Start from what another policy of the same name and model remembered.
 
         Raises:
             ConfigError: It is of another policy or model, or no state at all.
         """
+        self._unread.clear()
+        self._restore(state)
+
+    def _read(self) -> None:
+        """Several selections at a time: between two layers' weights, every line of code and every
+        number here has left the processor's caches, and one costs what four do together.
+        """
+        unread, self._unread = self._unread, []
+        for layer, keys, is_prefill in unread:
+            self._note(layer, keys, is_prefill)
+
+    @abstractmethod
+    def _note(self, layer: int, keys: Sequence[int], is_prefill: bool) -> None:
+        """As `select`: changes `_worth`."""
+
+    @abstractmethod
+    def _remembered(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _restore(self, state: dict[str, Any]) -> None: ...
 
     def _heat(self) -> Tensor:
-        return self.worth()
+        return self._worth
 
     def _advance(self, layer: int) -> bool:
         """Note that `layer` passes; whether that begins a turn (see [The cyclic order])."""
@@ -116,21 +145,18 @@ class Lru(Policy):
     def __init__(self, layer_of: Sequence[int]) -> None:
         super().__init__(layer_of)
         self._clock = 0
-        self._used = torch.zeros(self.num_keys, dtype=torch.float64)
+        self._worth = torch.zeros(self.num_keys, dtype=torch.float64)
 
-    def select(self, layer: int, keys: Sequence[int], *, is_prefill: bool = False) -> None:
+    def _note(self, layer: int, keys: Sequence[int], is_prefill: bool) -> None:
         self._clock += 1
-        self._used[_index(keys)] = self._clock
+        self._worth[_index(keys)] = self._clock
 
-    def worth(self) -> Tensor:
-        return self._used
+    def _remembered(self) -> dict[str, Any]:
+        return {"used": self._worth.tolist()}
 
-    def state(self) -> dict[str, Any]:
-        return {"name": self.name, "used": self._used.tolist()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._used = _values(self, state, "used", (self.num_keys,))
-        self._clock = int(self._used.max()) if self.num_keys else 0
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._worth = _values(self, state, "used", (self.num_keys,))
+        self._clock = int(self._worth.max()) if self.num_keys else 0
 
 
 class Lfu(Policy):
@@ -154,7 +180,7 @@ class Lfu(Policy):
         self._hotness = torch.zeros(self.num_keys, dtype=torch.float64)
         self._worth = torch.zeros(self.num_keys, dtype=torch.float64)
 
-    def select(self, layer: int, keys: Sequence[int], *, is_prefill: bool = False) -> None:
+    def _note(self, layer: int, keys: Sequence[int], is_prefill: bool) -> None:
         self._clock += 1
         if not is_prefill and self._advance(layer) and self._turn > self._HALVED_EVERY:
             self._turn -= self._HALVED_EVERY
@@ -164,13 +190,10 @@ class Lfu(Policy):
         self._hotness[index] = hotness
         self._worth[index] = hotness * self._CLOCKS + self._clock
 
-    def worth(self) -> Tensor:
-        return self._worth
+    def _remembered(self) -> dict[str, Any]:
+        return {"hotness": self._hotness.tolist()}
 
-    def state(self) -> dict[str, Any]:
-        return {"name": self.name, "hotness": self._hotness.tolist()}
-
-    def restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         self._hotness = _values(self, state, "hotness", (self.num_keys,))
         self._worth = self._hotness * self._CLOCKS
 
@@ -223,7 +246,7 @@ class Reuse(Policy):
         self._worth = torch.zeros(self.num_keys, dtype=torch.float64)
         self._place_all()
 
-    def select(self, layer: int, keys: Sequence[int], *, is_prefill: bool = False) -> None:
+    def _note(self, layer: int, keys: Sequence[int], is_prefill: bool) -> None:
         if self._advance(layer):
             self._place_skipped()
         habits = self._layers[layer]
@@ -237,20 +260,16 @@ class Reuse(Policy):
             self._place(layer, habits)
             self._learn(habits, features, guessed, len(keys))
 
-    def worth(self) -> Tensor:
-        return self._worth
-
-    def state(self) -> dict[str, Any]:
+    def _remembered(self) -> dict[str, Any]:
         layers = self._layers.values()
         averages = [average for habits in layers for average in habits.averages.t().tolist()]
         return {
-            "name": self.name,
             "averages": [[round(share, 5) for share in average] for average in averages],
             "num_tokens": [habits.num_tokens for habits in layers],
             "weights": [*self._weights.tolist(), self._bias],
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         num_averages = len(self._FIRST_WEIGHTS)
         averages = _values(self, state, "averages", (self.num_keys, num_averages))
         num_tokens = _values(self, state, "num_tokens", (len(self._layers),))

@@ -10,6 +10,7 @@ outside, and over all layers (keys) inside.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections import deque
@@ -115,6 +116,8 @@ class ExpertRunner:
             bandwidth=choice.rates.disk_bytes_per_second, expert_bytes=self._expert_bytes
         )
         self._trial = Trial(mode=self._config.expert_predict)
+        self._last_layer: float = math.inf
+        self._is_announced = False
         self._num_positions: int | None = None
         self._token_began: float | None = None
         self._decode_seconds: deque[float] = deque(maxlen=512)
@@ -135,6 +138,12 @@ class ExpertRunner:
         compute: Callable[[Sequence[int]], None],
     ) -> None:
         """Have `compute` called with all of `experts` (numbers within the layer), as they land."""
+        begins = layer <= self._last_layer
+        self._last_layer = layer
+        if begins and not self._is_announced:
+            # So it is when the model is compiled as a whole. The last pass says nothing of this.
+            self._num_positions = None
+        self._is_announced = False
         if not experts:  # no tokens
             return
         first = self.layers[layer].start
@@ -143,7 +152,7 @@ class ExpertRunner:
         self.num_syncs += hidden.is_cuda
         if self.routes is not None:
             self.routes.append(layer, keys, len(hidden), is_prefill=is_prefill)
-        if layer == 0:
+        if begins:
             self._begin_token(is_prefill)
         began, waited = time.perf_counter(), self.cache.counts.wait_seconds
         learns = not is_prefill and self._trial.is_on
@@ -193,6 +202,7 @@ class ExpertRunner:
     def begin_pass(self, num_positions: int | None) -> None:
         """A forward of the model begins, over so many positions of each sequence, if known."""
         self._num_positions = num_positions
+        self._is_announced = True
 
     def _is_prefill(self, num_tokens: int) -> bool:
         if self._num_positions is not None:
