@@ -47,8 +47,11 @@ $(STAMP): pyproject.toml setup.py $(CSRC) | $(BIN)/python
 build: setup
 	$(BIN)/python setup.py -q build_ext --inplace
 
+# A file's tests share what is slow to make, so a file is one worker's.
+WORKERS ?= 2
+
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(PYTEST_ARGS)
 
 demo: setup
 	$(BIN)/nexus demo

@@ -192,14 +192,12 @@ class Engine:
         """
         ops.call(native.engine_place, self.handle, list(groups), list(arenas), ahead)
 
-    def collect(
-        self, groups: Sequence[int], *, wait_all: bool = False, at_least: int = 1
-    ) -> list[int]:
+    def collect(self, groups: Sequence[int], *, at_least: int = 1) -> list[int]:
         """Which of these placed groups have landed, in the order asked; they may be used by what
         the caller's stream enqueues from now on, until they are evicted or replaced.
 
-        Blocks until `at_least` of them have, or all with `wait_all`; until then they are loaded
-        before all others. Never blocks with `at_least` 0.
+        Blocks until `at_least` of them have, or all where that is more than there are; until then
+        they are loaded before all others. Never blocks with `at_least` 0.
 
         Raises:
             ReadError, TruncatedCheckpoint, CheckpointChanged, CorruptCheckpoint, DeviceError: One
@@ -207,8 +205,7 @@ class Engine:
             EngineError: One is not placed.
             ThreadConflict: Another thread took an arena meanwhile.
         """
-        wanted = len(groups) if wait_all else at_least
-        landed: list[int] = ops.call(native.engine_collect, self.handle, list(groups), wanted)
+        landed: list[int] = ops.call(native.engine_collect, self.handle, list(groups), at_least)
         return landed
 
     def evict(self, groups: Collection[int]) -> None:

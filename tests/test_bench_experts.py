@@ -343,7 +343,6 @@ def test_the_tables_have_a_row_for_each_line(result: dict[str, Any]) -> None:
 
 
 def test_the_plot_is_written(result: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     plot_experts(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

@@ -41,6 +41,7 @@ from nexus_ext.errors import (
 
 KIB = 1 << 10
 PAGE = 4096
+ALL = 1 << 20  # more than there are
 MAX_DELAY_US = 400
 SEEDS = range(30)
 INVALID_VALUE, LAUNCH_FAILED = 1, 719
@@ -69,8 +70,8 @@ class Pool:
         arena = self.arenas[self.where[group]]
         self.seen.append((group, self.gpu.read(arena[: self.groups[group].nbytes])))
 
-    def use(self, groups: Sequence[int], *, wait_all: bool = True) -> list[int]:
-        landed = self.engine.collect(groups, wait_all=wait_all)
+    def use(self, groups: Sequence[int], *, at_least: int = ALL) -> list[int]:
+        landed = self.engine.collect(groups, at_least=at_least)
         for group in landed:
             self.read(group)
         return landed
@@ -158,7 +159,7 @@ def draw_and_run(bench: Any, seed: int) -> int:
             chosen = chosen[1:]
         left = list(chosen) if rng.random() < 0.8 else []  # or nobody wants them after all
         while left:
-            landed = pool.use(left, wait_all=rng.random() < 0.5)
+            landed = pool.use(left, at_least=rng.choice([1, ALL]))
             left = [group for group in left if group not in landed]
             if rng.random() < 0.3:
                 bench.gpu.delay(rng.randrange(2 * MAX_DELAY_US))

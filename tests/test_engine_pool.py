@@ -34,6 +34,7 @@ KIB = 1 << 10
 MIB = 1 << 20
 PAGE = 4096
 GROUP = 200_000
+ALL = 1 << 20  # more than there are
 # From one group to the next: in direct mode they land in place, all but the tail.
 STEP = 50 * PAGE
 READERS = {
@@ -181,7 +182,7 @@ def test_more_groups_than_arenas_pass_through_in_any_order(lab: Any, reader: str
     for _ in range(60):
         chosen = [int(group) for group in random.choice(40, 5, replace=False)]
         pool.place(chosen, [int(arena) for arena in random.permutation(5)])
-        assert pool.engine.collect(chosen, wait_all=True) == chosen
+        assert pool.engine.collect(chosen, at_least=ALL) == chosen
         assert [pool.num_wrong(group) for group in chosen] == [0] * 5
 
 
@@ -206,7 +207,7 @@ def test_a_group_that_stands_in_its_arena_is_not_loaded_again(lab: Any, reader: 
     pool = make_pool(lab, reader, faults=LATE)
     pool.place([0, 1], [0, 1])
     pool.place([0, 1], [0, 1])  # on its way
-    assert pool.engine.collect([0, 1], wait_all=True) == [0, 1]
+    assert pool.engine.collect([0, 1], at_least=ALL) == [0, 1]
     pool.place([1, 0], [1, 0])
     assert pool.engine.collect([1, 0]) == [1, 0]
     stats = pool.stats
@@ -222,10 +223,10 @@ def test_a_group_that_moves_leaves_its_arena_empty(lab: Any, reader: str) -> Non
     pool.get(3, 1)
     assert (pool.arenas[0].numpy() == 0xFF).all()
     pool.place([4, 3], [1, 0])  # into the place of one that moves away
-    assert pool.engine.collect([3, 4], wait_all=True) == [3, 4]
+    assert pool.engine.collect([3, 4], at_least=ALL) == [3, 4]
     assert [pool.num_wrong(3), pool.num_wrong(4)] == [0, 0]
     pool.place([3, 4], [1, 0])  # two change places
-    assert pool.engine.collect([4, 3], wait_all=True) == [4, 3]
+    assert pool.engine.collect([4, 3], at_least=ALL) == [4, 3]
     assert [pool.num_wrong(3), pool.num_wrong(4)] == [0, 0]
 
 
@@ -233,7 +234,7 @@ def test_a_group_that_moves_leaves_its_arena_empty(lab: Any, reader: str) -> Non
 def test_named_twice_the_last_placing_counts(lab: Any, reader: str) -> None:
     pool = make_pool(lab, reader)
     pool.place([0, 1, 0], [0, 0, 1])
-    assert pool.engine.collect([0, 1], wait_all=True) == [0, 1]
+    assert pool.engine.collect([0, 1], at_least=ALL) == [0, 1]
     assert [pool.num_wrong(0), pool.num_wrong(1)] == [0, 0]
     pool.place([2, 3], [2, 2])
     pool.where.pop(2)
@@ -394,7 +395,7 @@ def test_what_is_waited_for_comes_first(lab: Any, reader: str) -> None:
     def arrange(pool: Pool) -> None:
         pool.place([0, 1, 2], [0, 1, 2])
         pool.place([3, 4, 5], [3, 4, 5], ahead=True)
-        threads.append(in_thread(lambda: pool.engine.collect([5, 2], wait_all=True)))
+        threads.append(in_thread(lambda: pool.engine.collect([5, 2], at_least=ALL)))
         pool.wait_until(lambda stats: stats["num_waits"] == 2)
 
     check_order(behind_a_read(lab, reader, arrange), 7, 5, 2, 0, 1, 3, 4)
@@ -436,18 +437,18 @@ def collect_one_by_one(pool: Pool, left: list[int]) -> int:
 def test_collecting_all_returns_them_in_the_order_asked(lab: Any, reader: str) -> None:
     pool = make_pool(lab, reader, num_arenas=6, faults=LATE)
     pool.place([0, 1, 2, 3, 4, 5], range(6))
-    assert pool.engine.collect([4, 0, 2], wait_all=True) == [4, 0, 2]
+    assert pool.engine.collect([4, 0, 2], at_least=ALL) == [4, 0, 2]
     hits = pool.stats["num_hits"]
     waits = pool.stats["num_waits"]
     assert hits + waits == 3
-    assert pool.engine.collect([2, 4, 0], wait_all=True) == [2, 4, 0]
+    assert pool.engine.collect([2, 4, 0], at_least=ALL) == [2, 4, 0]
     stats = pool.stats
     assert (stats["num_hits"], stats["num_waits"]) == (hits + 3, waits)
 
 
 def test_collecting_does_not_block_where_enough_are_there(lab: Any) -> None:
     pool = make_pool(lab, num_arenas=3, faults=VERY_LATE)
-    assert pool.engine.collect([]) == pool.engine.collect([], wait_all=True) == []
+    assert pool.engine.collect([]) == pool.engine.collect([], at_least=ALL) == []
     pool.place([0, 1, 2], [0, 1, 2])
     assert pool.engine.collect([0, 1, 2], at_least=0) == []
     first = pool.engine.collect([0, 1, 2])
@@ -462,7 +463,7 @@ def test_collecting_does_not_block_where_enough_are_there(lab: Any) -> None:
 def test_a_group_named_twice_is_returned_twice(lab: Any) -> None:
     pool = make_pool(lab, faults=LATE)
     pool.place([0, 1], [0, 1])
-    assert pool.engine.collect([1, 0, 1], wait_all=True) == [1, 0, 1]
+    assert pool.engine.collect([1, 0, 1], at_least=ALL) == [1, 0, 1]
 
 
 # -- eviction -----------------------------------------------------------------------------------
@@ -518,7 +519,7 @@ def test_evicted_views_give_their_pages_back(
     path = str(pool.source.path)
     drop_from_cache(pool.source.path)
     pool.place(range(8), range(8))
-    assert pool.engine.collect(range(8), wait_all=True) == [*range(8)]
+    assert pool.engine.collect(range(8), at_least=ALL) == [*range(8)]
     assert cached_bytes(path) == pool.source.path.stat().st_size
     pool.engine.evict([0, 1, 2, 3, 5])
     if trailing_drop:
@@ -531,7 +532,7 @@ def test_evicted_views_give_their_pages_back(
         assert cached_bytes(path) == pool.source.path.stat().st_size
     assert [pool.num_wrong(group) for group in (4, 6, 7)] == [0] * 3
     pool.place(range(8), range(8))
-    assert pool.engine.collect(range(8), wait_all=True) == [*range(8)]
+    assert pool.engine.collect(range(8), at_least=ALL) == [*range(8)]
     assert [pool.num_wrong(group) for group in range(8)] == [0] * 8
 
 
@@ -643,7 +644,7 @@ def test_a_failure_is_told_though_others_have_landed(lab: Any) -> None:
     os.truncate(pool.source.path, 5 * STEP)
     pool.place([7], [2])
     with pytest.raises(TruncatedCheckpoint, match="ends at offset"):
-        pool.engine.collect([0, 7], wait_all=True)
+        pool.engine.collect([0, 7], at_least=ALL)
     assert pool.engine.collect([0]) == [0]
     assert pool.num_wrong(0) == 0
     pool.place([7, 1], [2, 1])
@@ -665,7 +666,7 @@ def test_a_failed_group_may_be_evicted_or_replaced_untold(lab: Any, reader: str)
     with pytest.raises(EngineError, match="Only a placed group can be collected; group 0 "):
         pool.engine.collect([0])
     with pytest.raises(ReadError, match="errno 5"):
-        pool.engine.collect([1, 3], wait_all=True)
+        pool.engine.collect([1, 3], at_least=ALL)
 
 
 def test_short_and_interrupted_reads_change_nothing(lab: Any, reader: str) -> None:
@@ -750,7 +751,7 @@ def test_a_group_goes_only_where_its_pieces_fit(lab: Any) -> None:
         with pytest.raises(EngineError, match="the same place in a page"):
             engine.place([group], [arena])
     engine.place([0, 1], [1, 3])
-    assert engine.collect([0, 1], wait_all=True) == [0, 1]
+    assert engine.collect([0, 1], at_least=ALL) == [0, 1]
 
 
 def test_a_view_holds_its_own_group_only(lab: Any) -> None:
@@ -764,7 +765,7 @@ def test_a_view_holds_its_own_group_only(lab: Any) -> None:
         with pytest.raises(EngineError, match="A view holds the group whose pages it is"):
             engine.place([group], [arena])
     engine.place([0, 1, 2], [0, 1, 2])
-    assert engine.collect([2, 1, 0], wait_all=True) == [2, 1, 0]
+    assert engine.collect([2, 1, 0], at_least=ALL) == [2, 1, 0]
     assert np.array_equal(arenas[2].numpy(), source.data[2 * PAGE : 3 * PAGE])
 
 
@@ -785,7 +786,7 @@ def test_pooled_groups_stand_in_no_order_and_share_no_arena_with_others(lab: Any
 def test_who_waits_for_a_group_that_is_taken_away_is_told(lab: Any, deed: str) -> None:
     pool = make_pool(lab, faults=VERY_LATE)
     pool.place([0, 1], [0, 1])
-    thread, raised = in_thread(lambda: pool.engine.collect([1, 0], wait_all=True))
+    thread, raised = in_thread(lambda: pool.engine.collect([1, 0], at_least=ALL))
     pool.wait_until(lambda stats: stats["num_waits"] == 2)
     if deed == "evicted":
         pool.engine.evict([0])
@@ -800,7 +801,7 @@ def test_who_waits_for_a_group_that_is_taken_away_is_told(lab: Any, deed: str) -
 def test_two_threads_may_wait_for_the_same_group(lab: Any) -> None:
     pool = make_pool(lab, faults=VERY_LATE)
     pool.place([0, 1], [0, 1])
-    threads = [in_thread(lambda: pool.engine.collect([0, 1], wait_all=True)) for _ in range(2)]
+    threads = [in_thread(lambda: pool.engine.collect([0, 1], at_least=ALL)) for _ in range(2)]
     for thread, raised in threads:
         thread.join()
         assert not raised
@@ -819,12 +820,12 @@ def test_ctrl_c_ends_a_wait_and_the_load_goes_on(lab: Any, reader: str) -> None:
     try:
         thread, raised = in_thread(send)
         with pytest.raises(KeyboardInterrupt):
-            pool.engine.collect([3, 4], wait_all=True)
+            pool.engine.collect([3, 4], at_least=ALL)
     finally:
         signal.signal(signal.SIGINT, before)
     thread.join()
     assert not raised
-    assert pool.engine.collect([3, 4], wait_all=True) == [3, 4]
+    assert pool.engine.collect([3, 4], at_least=ALL) == [3, 4]
     assert [pool.num_wrong(3), pool.num_wrong(4)] == [0, 0]
     assert pool.stats["num_loads"] == 2
 
@@ -891,7 +892,7 @@ if pid == 0:
     engine.close()
     os._exit(refused)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
-assert engine.collect([0, 1], wait_all=True) == [0, 1]
+assert engine.collect([0, 1], at_least=2) == [0, 1]
 assert bytes(arenas[1].numpy()) == data[size : 2 * size]
 engine.close()
 print("parent and child are fine")

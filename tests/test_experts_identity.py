@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -410,7 +411,15 @@ def wanted_tokens(subject: Subject, batch: int, num_tokens: int) -> torch.Tensor
 def runs() -> list[Any]:
     """For each architecture one of 256 tokens at the smallest budget and at two others, one that is
     packed, and one of a batch; all budgets and ways to read take turns.
+
+    With NEXUS_ALL_TOKENS=1 all of them, 256 tokens each: 320 runs.
     """
+    if os.environ.get("NEXUS_ALL_TOKENS") == "1":
+        every = itertools.product(ARCHITECTURES, FORMATS, BUDGETS, MODES, (1, 8))
+        return [
+            pytest.param((name, format_), budget, mode, batch, 256)
+            for name, format_, budget, mode, batch in every
+        ]
     budgets, modes = itertools.cycle(BUDGETS[1:]), itertools.cycle(MODES)
     return [
         pytest.param(

@@ -151,59 +151,42 @@ def test_bad_scores_do_not_spoil_later_guesses(scores: float) -> None:
 
 
 def test_bytes_are_what_arrives_in_the_window() -> None:
-    admission = Admission(expert_bytes=MIB)
-    admission.note_compute(0.010)
-    admission.note_wait(0.002)
-    admission.note_issue(0.001)
-    admission.note_transfer(4 * MIB, 0.004)
-    # 0.8 * 10 ms less 3 ms, at 1 MiB a ms.
-    assert admission.window_seconds == pytest.approx(0.005)
-    assert admission.allow(0) == pytest.approx(5 * MIB, abs=2)
-    assert admission.allow(2 * MIB) == pytest.approx(3 * MIB, abs=2)
-    assert admission.allow(9 * MIB) == 0
+    admission = Admission(expert_bytes=MIB, bandwidth=1000 * MIB)
+    admission.note_idle(0.010)
+    # 0.8 * 10 ms at 1 MiB a ms.
+    assert admission.window_seconds == pytest.approx(0.008)
+    assert admission.allow() == pytest.approx(8 * MIB, abs=2)
 
 
 def test_a_disk_that_is_busy_gets_nothing() -> None:
-    admission = Admission(expert_bytes=MIB, bandwidth=1e9)
-    admission.note_compute(0.010)
-    admission.note_wait(0.009)
-    assert admission.window_seconds == 0
-    assert admission.allow(0) == 0
+    admission = Admission(expert_bytes=MIB, bandwidth=1000 * MIB)
+    admission.note_idle(0.0)
+    assert admission.allow() == 0
 
 
-def test_at_first_one_expert_at_a_time_is_allowed() -> None:
-    admission = Admission(expert_bytes=3 * MIB)
-    assert admission.allow(0) == 3 * MIB
-    assert admission.allow(1) == 0
-    admission.note_compute(1.0)
-    assert admission.allow(0) == 3 * MIB
-    admission.note_transfer(MIB, 0.1)
-    assert admission.allow(0) == pytest.approx(8 * MIB, abs=2)
+@pytest.mark.parametrize("bandwidth", [1e9, None])
+def test_while_something_is_not_known_one_expert_is_allowed(bandwidth: float | None) -> None:
+    admission = Admission(expert_bytes=3 * MIB, bandwidth=bandwidth)
+    if bandwidth is None:
+        admission.note_idle(1.0)
+    assert admission.allow() == 3 * MIB
 
 
 @pytest.mark.parametrize(("expert", "most"), [(MIB, 256 * MIB), (352 * MIB, 352 * MIB)])
 def test_there_is_a_most_of_256_mib_or_one_expert(expert: int, most: int) -> None:
     admission = Admission(expert_bytes=expert, bandwidth=1e12)
-    admission.note_compute(1.0)
-    assert admission.allow(0) == most
+    admission.note_idle(1.0)
+    assert admission.allow() == most
 
 
 def test_what_is_noted_is_averaged_with_what_was() -> None:
-    admission = Admission(expert_bytes=1)
-    admission.note_compute(1.0)
-    admission.note_compute(2.0)
+    admission = Admission(expert_bytes=1, bandwidth=None)
+    admission.note_idle(1.0)
+    admission.note_idle(2.0)
     assert admission.window_seconds == pytest.approx(0.8 * 1.2)
     for _ in range(100):
-        admission.note_compute(3.0)
+        admission.note_idle(3.0)
     assert admission.window_seconds == pytest.approx(0.8 * 3)
-
-
-def test_no_bytes_and_no_time_say_nothing_of_the_bandwidth() -> None:
-    admission = Admission(expert_bytes=1, bandwidth=100.0)
-    admission.note_compute(1.0)
-    admission.note_transfer(0, 1.0)
-    admission.note_transfer(5, 0.0)
-    assert admission.allow(0) == 80
 
 
 # -- whether ---------------------------------------------------------------------------------------

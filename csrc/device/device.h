@@ -3,9 +3,9 @@
 //
 // Note [Order on a device]
 // A lane is a queue of copies; every arena has its own, so that a copy that must wait for one arena
-// holds up no other. The computation has a queue too, the caller's current stream, which is a lane
-// like any other. An event is a point in a lane. Between lanes there are these orders, and no
-// other:
+// holds up no other (those of a pool, which may be thousands, share a few). The computation has a
+// queue too, the caller's current stream, which is a lane like any other. An event is a point in a
+// lane. Between lanes there are these orders, and no other:
 //
 //   lane waits for `free`        before it writes into an arena: its readers are through
 //   current waits for `ready`    before it reads an arena: its bytes are there

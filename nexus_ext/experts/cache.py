@@ -116,6 +116,8 @@ class ExpertCache:
         self._ahead: set[int] = set()  # placed and not asked for yet
         self._lock = threading.RLock()
         self.counts = CacheCounts()
+        # When the last expert that a layer asked for had landed (`time.perf_counter`).
+        self.idle_since = time.perf_counter()
 
     @property
     def num_present(self) -> int:
@@ -305,6 +307,7 @@ class _Selection:
 
     def compute_all(self, compute: Compute, meanwhile: Callable[[], None] | None) -> None:
         cache = self._cache
+        cache.idle_since = time.perf_counter()
         there, self.loading = self.loading, []
         num_missing = len(self.absent)
         # The disk begins before anything computes.
@@ -339,7 +342,10 @@ class _Selection:
             return []
         began = time.perf_counter()
         landed = self._cache._store.collect(self.loading, at_least=int(must_wait))
-        self._cache.counts.wait_seconds += time.perf_counter() - began
+        now = time.perf_counter()
+        self._cache.counts.wait_seconds += now - began
+        if landed:
+            self._cache.idle_since = now
         return landed
 
     def _compute(self, keys: list[int], compute: Compute) -> None:

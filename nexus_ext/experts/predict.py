@@ -124,15 +124,16 @@ class _Layer:
 
 
 class Admission:
-    """How many bytes may be fetched ahead now, so that they arrive while the layer computes.
+    """How many bytes may be fetched ahead now, so that they arrive before anybody asks for more.
 
-        window = max(0, 0.8 * compute - wait - issue)
-        bytes  = clamp(bandwidth * window - in flight, 0, 256 MiB)
+        bytes = min(bandwidth * 0.8 * idle, 256 MiB)
 
-    Each is an exponential average of what was noted. Where one expert has more than 256 MiB, the
-    limit is one expert. Until compute and bandwidth are known, one expert at a time is allowed.
+    Idle is what the disk was from the landing of a layer's last miss to the next layer's question,
+    an exponential average. Where one expert has more than 256 MiB, the limit is one expert. Where
+    bandwidth or idle time are not known, it is one expert too.
 
-    Source: MoE-Infinity, pull request 180 ("overlap-aware prefetch").
+    Source: after MoE-Infinity, pull request 180 ("overlap-aware prefetch"), which computes the idle
+    time from others; here it is measured.
     """
 
     _SHARE = 0.8
@@ -140,46 +141,32 @@ class Admission:
     # About the last ten.
     _RATE = 0.2
 
-    def __init__(self, *, expert_bytes: int, bandwidth: float | None = None) -> None:
-        """Begin with a bandwidth in bytes a second, if there is one; `expert_bytes` is the mean."""
+    def __init__(self, *, expert_bytes: int, bandwidth: float | None) -> None:
+        """`bandwidth` is the disk's at full depth, bytes a second; `expert_bytes` is the mean size.
+
+        What transfers of a few experts take is no measure of it: most of that is latency, and a
+        guess that fills the gaps between them waits for nothing.
+        """
         self._expert_bytes = expert_bytes
         self._bandwidth = bandwidth
-        self._compute: float | None = None
-        self._wait: float | None = None
-        self._issue: float | None = None
+        self._idle: float | None = None
 
-    def note_compute(self, seconds: float) -> None:
-        """A layer computed for so long, waiting not included."""
-        self._compute = self._average(self._compute, seconds)
-
-    def note_wait(self, seconds: float) -> None:
-        """A layer waited for so long for what it had asked for: the disk was not idle."""
-        self._wait = self._average(self._wait, seconds)
-
-    def note_issue(self, seconds: float) -> None:
-        """Guessing and asking took so long."""
-        self._issue = self._average(self._issue, seconds)
-
-    def note_transfer(self, nbytes: int, seconds: float) -> None:
-        """So many bytes came in so long a time; nothing is learned from no bytes or no time."""
-        if nbytes > 0 and seconds > 0:
-            self._bandwidth = self._average(self._bandwidth, nbytes / seconds)
+    def note_idle(self, seconds: float) -> None:
+        """So long nobody had asked the disk for anything, guesses not counted."""
+        before = seconds if self._idle is None else self._idle
+        self._idle = before + self._RATE * (seconds - before)
 
     @property
     def window_seconds(self) -> float:
         """For how long a transfer would not be noticed; 0 while nothing is known."""
-        busy = (self._wait or 0.0) + (self._issue or 0.0)
-        return max(0.0, self._SHARE * (self._compute or 0.0) - busy)
+        return self._SHARE * (self._idle or 0.0)
 
-    def allow(self, in_flight_bytes: int) -> int:
-        """Bytes that may be asked for in addition to those on their way."""
-        if self._compute is None or self._bandwidth is None:
-            return 0 if in_flight_bytes else self._expert_bytes
-        room = int(self._bandwidth * self.window_seconds) - in_flight_bytes
-        return min(max(room, 0), max(self._MOST_BYTES, self._expert_bytes))
-
-    def _average(self, before: float | None, value: float) -> float:
-        return value if before is None else before + self._RATE * (value - before)
+    def allow(self) -> int:
+        """Bytes that may be asked for now."""
+        if self._idle is None or self._bandwidth is None:
+            return self._expert_bytes
+        room = int(self._bandwidth * self.window_seconds)
+        return min(room, max(self._MOST_BYTES, self._expert_bytes))
 
 
 class Trial:

@@ -154,28 +154,18 @@ class ExpertRunner:
             self.routes.append(layer, keys, len(hidden), is_prefill=is_prefill)
         if begins:
             self._begin_token(is_prefill)
-        began, waited = time.perf_counter(), self.cache.counts.wait_seconds
         learns = not is_prefill and self._trial.is_on
-        missing = sum(self.cache.slot_of[key] < 0 for key in keys) if learns else 0
+        if learns and not begins:
+            self._admission.note_idle(time.perf_counter() - self.cache.idle_since)
         self.cache.run(
             layer,
             keys,
             lambda landed: compute([key - first for key in landed]),
             is_prefill=is_prefill,
-            meanwhile=(lambda: self._look_ahead(layer, hidden, missing)) if learns else None,
+            meanwhile=(lambda: self._look_ahead(layer, hidden)) if learns else None,
         )
         if learns:
-            self._learn(layer, experts, missing, time.perf_counter() - began, waited)
-
-    def _learn(
-        self, layer: int, experts: Sequence[int], num_missing: int, seconds: float, waited: float
-    ) -> None:
-        waited = self.cache.counts.wait_seconds - waited
-        self._predictor.observe(layer, experts)
-        self._admission.note_wait(waited)
-        self._admission.note_compute(seconds - waited)
-        if waited > 0.5 * seconds:  # the disk was what it took
-            self._admission.note_transfer(num_missing * self._expert_bytes, seconds)
+            self._predictor.observe(layer, experts)
 
     def tensors(self, layer: int, expert: int) -> Mapping[str, torch.Tensor]:
         """An expert's tensors by name, while `run` computes it."""
@@ -217,23 +207,21 @@ class ExpertRunner:
             self._decode_seconds.append(now - before)
             self._trial.step(now - before)
 
-    def _look_ahead(self, layer: int, hidden: torch.Tensor, num_missing: int) -> None:
+    def _look_ahead(self, layer: int, hidden: torch.Tensor) -> None:
         """Fetch what the next layer will want, as far as the disk has time."""
         following = layer + 1
         if following == len(self.layers):
             return
         keys = self.layers[following]
-        count = self._admission.allow(num_missing * self._expert_bytes) // self._expert_bytes
+        count = round(self._admission.allow() / self._expert_bytes)
         if count == 0 or all(self.cache.slot_of[key] >= 0 for key in keys):
             return
-        began = time.perf_counter()
         gate = self._gates[following]
         scores = None if gate is None else hidden.to("cpu", gate.dtype) @ gate.t()
         chance = self._predictor.guess(following, scores)
         likely = (chance > _LIKELY).nonzero().flatten().tolist()
         likely.sort(key=chance.tolist().__getitem__, reverse=True)
         self.cache.fetch_ahead([keys.start + expert for expert in likely], count)
-        self._admission.note_issue(time.perf_counter() - began)
 
     # -- restart-warm --------------------------------------------------------------------------
 
