@@ -377,7 +377,7 @@ def test_make_moe_is_a_program(tmp_path: Path) -> None:
         [sys.executable, str(script), str(tmp_path / "m"), *sizes.split(), "--no-measure"],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=560,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

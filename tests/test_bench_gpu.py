@@ -24,7 +24,7 @@ PEERS = {"accelerate_cpu", "accelerate_disk", "diffusers_group"}
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, timeout=560)
 
 
 def load(name: str) -> Any:
@@ -227,7 +227,7 @@ def test_the_package_is_laid_out_without_being_installed(tmp_path: Path) -> None
         f"GPU_SITE={tmp_path}/site",
         f"GPU_PYTHON={sys.executable}",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560)
     assert done.returncode == 0, done.stdout + done.stderr
     code = """
 import importlib.metadata, nexus_ext, nexus_ext.kernels, nexus_ext._native
