@@ -28,8 +28,6 @@ def test_the_benchmark_runs_at_toy_size(script: Path, tmp_path: Path) -> None:
     environment = os.environ | {"NEXUS_HOME": str(tmp_path)}
     if script.stem == "bench_stream":
         command += ["--only", "tokens" if _may_limit() else "a"]
-    if script.stem == "bench_experts":
-        command += ["--only", "from_disk,limited,predict"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(report.read_text())
