@@ -33,6 +33,7 @@ from nexus_ext.quant import INT8Config, NF4Config, reference
 from nexus_ext.quant.packed import pack
 
 NUM_LAYERS = 6
+NUM_PASSES = 8
 IDS = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(3))
 IO = ["direct", "buffered", "mmap"]
 Tensors = dict[str, torch.Tensor]
@@ -257,12 +258,16 @@ def test_only_what_moves_is_read_again(written: Any) -> None:
     path, _ = written("nf4")
     with open_llama(path) as model:
         members = {m.name for group in model._nexus.streamer.groups for m in group.members}
+        plan = nexus.plan_of(model)
         logits(model)
         before = nexus.stats(model).bytes_read
-        logits(model)
+        for _ in range(NUM_PASSES):
+            logits(model)
         moved = nexus.stats(model).bytes_read - before
     assert not any("quant_" in name for name in members)
-    assert moved < 1.1 * sum(nexus.plan_of(model).group_bytes)
+    # What the first pass had asked for ahead may land after it was counted.
+    ahead = sum(plan.arena_bytes)
+    assert moved < 1.1 * NUM_PASSES * sum(plan.group_bytes) + ahead
 
 
 def test_tokens_are_generated_alike(written: Any) -> None:
