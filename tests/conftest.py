@@ -140,6 +140,40 @@ def nexus_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     return home
 
 
+@pytest.fixture
+def poisoned_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads a freed arena, or a freed slot, reads NaN."""
+    monkeypatch.setenv("NEXUS_POISON", "1")
+
+
+@pytest.fixture(scope="module")
+def one_quiet_thread() -> Iterator[None]:
+    """For transformers models that are too small to share out."""
+    import transformers
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a file of tests keeps its models."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def qwen(folder: Path) -> Iterator[Any]:
+    """Three layers of twelve experts; a token takes four of each."""
+    from tests.expert_subjects import make_subject
+
+    made = make_subject("qwen3", "bf16", folder)
+    yield made
+    made.close()
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     """A test draws the same numbers alone, in any order and after any other."""

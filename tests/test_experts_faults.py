@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import nexus_ext as nexus
 from nexus_ext.attachment import attachment_of
@@ -30,7 +29,7 @@ from nexus_ext.errors import (
     TruncatedCheckpoint,
 )
 from nexus_ext.pretrained import build_empty
-from tests.test_experts_identity import (
+from tests.expert_subjects import (
     MODES,
     PROMPT,
     PROMPTS,
@@ -41,36 +40,9 @@ from tests.test_experts_identity import (
     experts_of,
     ids,
     logits,
-    make_subject,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
-    """These models are too small to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEXUS_POISON", "1")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture
-def qwen(folder: Path) -> Iterator[Subject]:
-    """Three layers of twelve experts; a token takes four of each."""
-    made = make_subject("qwen3", "bf16", folder)
-    yield made
-    made.close()
+pytestmark = pytest.mark.usefixtures("one_quiet_thread", "poisoned_arenas")
 
 
 def report_of(model: Any) -> dict[str, Any]:

@@ -7,13 +7,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -27,7 +25,7 @@ from nexus_ext.errors import (
     WriteError,
 )
 from nexus_ext.experts.attach import register
-from tests.test_experts_identity import (
+from tests.expert_subjects import (
     BUDGETS,
     PROMPT,
     ROOMY,
@@ -40,33 +38,7 @@ from tests.test_experts_identity import (
     named_bytes,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
-    """These models are too small to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEXUS_POISON", "1")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture
-def qwen(folder: Path) -> Iterator[Subject]:
-    """Three layers of twelve experts; a token takes four of each."""
-    made = make_subject("qwen3", "bf16", folder)
-    yield made
-    made.close()
+pytestmark = pytest.mark.usefixtures("one_quiet_thread", "poisoned_arenas")
 
 
 def still_streams(subject: Subject) -> None:

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import nexus_ext as nexus
 from nexus_ext.errors import EngineClosed, StreamError
-from tests.test_experts_identity import (
+from tests.expert_subjects import (
     PROMPT,
     PROMPTS,
     ROOMY,
@@ -29,6 +28,8 @@ from tests.test_experts_identity import (
     make_subject,
 )
 
+pytestmark = pytest.mark.usefixtures("one_quiet_thread")
+
 OP = torch.ops.nexus.streamed_experts.default
 GRAD = torch.ops.nexus.streamed_experts_grad.default
 
@@ -38,16 +39,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
-    """These models are too small to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("NEXUS_POISON", "1")
@@ -55,11 +46,6 @@ def _clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture(params=["qwen3-f32"])

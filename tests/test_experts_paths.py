@@ -23,7 +23,7 @@ from nexus_ext.experts.policy import POLICIES
 from nexus_ext.experts.stats import ExpertStats
 from nexus_ext.pretrained import plan_pretrained
 from tests.conftest import PATIENCE_SECONDS, takes_direct_reads
-from tests.test_experts_identity import (
+from tests.expert_subjects import (
     ARCHITECTURES,
     COMMON,
     PROMPT,
@@ -40,36 +40,10 @@ from tests.test_experts_identity import (
     named_bytes,
 )
 
+pytestmark = pytest.mark.usefixtures("one_quiet_thread", "poisoned_arenas")
+
 # Loads take long enough that whoever asks at once finds them on their way.
 SLOW_DISK = Faults(delay_ppm=1_000_000, delay_us=20_000)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
-    """These models are too small to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEXUS_POISON", "1")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture
-def qwen(folder: Path) -> Iterator[Subject]:
-    """Three layers of twelve experts; a token takes four of each."""
-    made = make_subject("qwen3", "bf16", folder)
-    yield made
-    made.close()
 
 
 # -- looking in ----------------------------------------------------------------------------------

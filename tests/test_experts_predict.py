@@ -172,6 +172,17 @@ def test_while_something_is_not_known_one_expert_is_allowed(bandwidth: float | N
     assert admission.allow() == 3 * MIB
 
 
+def test_a_layer_that_seldom_misses_is_not_asked_until_it_does() -> None:
+    admission = Admission(expert_bytes=MIB, bandwidth=1e9)
+    assert admission.is_worth_asking(3), "nothing is known"
+    admission.note_missed(3, 0)
+    assert not admission.is_worth_asking(3)
+    assert admission.is_worth_asking(4), "of another layer"
+    for _ in range(10):
+        admission.note_missed(3, 1)
+    assert admission.is_worth_asking(3)
+
+
 @pytest.mark.parametrize(("expert", "most"), [(MIB, 256 * MIB), (352 * MIB, 352 * MIB)])
 def test_there_is_a_most_of_256_mib_or_one_expert(expert: int, most: int) -> None:
     admission = Admission(expert_bytes=expert, bandwidth=1e12)

@@ -124,6 +124,11 @@ class ExpertCache:
         """Experts that have a slot now."""
         return sum(slot >= 0 for slot in self.slot_of)
 
+    @property
+    def num_read(self) -> int:
+        """Experts that a decoding layer used and that were read for it alone, guesses too."""
+        return self.counts.num_misses + self.counts.num_ahead_used
+
     # -- one layer, one forward ----------------------------------------------------------------
 
     def run(

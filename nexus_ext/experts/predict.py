@@ -132,6 +132,8 @@ class Admission:
     an exponential average. Where one expert has more than 256 MiB, the limit is one expert. Where
     bandwidth or idle time are not known, it is one expert too.
 
+    A layer that seldom misses anybody is not asked at all: the question has a price of its own.
+
     Source: after MoE-Infinity, pull request 180 ("overlap-aware prefetch"), which computes the idle
     time from others; here it is measured.
     """
@@ -140,6 +142,9 @@ class Admission:
     _MOST_BYTES = 256 << 20
     # About the last ten.
     _RATE = 0.2
+    # A token; about the last twenty.
+    _FEWEST_MISSED = 0.5
+    _MISSED_RATE = 0.1
 
     def __init__(self, *, expert_bytes: int, bandwidth: float | None) -> None:
         """`bandwidth` is the disk's at full depth, bytes a second; `expert_bytes` is the mean size.
@@ -150,6 +155,16 @@ class Admission:
         self._expert_bytes = expert_bytes
         self._bandwidth = bandwidth
         self._idle: float | None = None
+        self._missed: dict[int, float] = {}
+
+    def note_missed(self, layer: int, count: int) -> None:
+        """So many experts of a layer had to be read for one token, guessed or not."""
+        before = self._missed.get(layer, float(count))
+        self._missed[layer] = before + self._MISSED_RATE * (count - before)
+
+    def is_worth_asking(self, layer: int) -> bool:
+        """Whether the layer misses experts often enough, as far as is known."""
+        return self._missed.get(layer, math.inf) >= self._FEWEST_MISSED
 
     def note_idle(self, seconds: float) -> None:
         """So long nobody had asked the disk for anything, guesses not counted."""

@@ -157,6 +157,7 @@ class ExpertRunner:
         learns = not is_prefill and self._trial.is_on
         if learns and not begins:
             self._admission.note_idle(time.perf_counter() - self.cache.idle_since)
+        num_read = self.cache.num_read
         self.cache.run(
             layer,
             keys,
@@ -164,6 +165,8 @@ class ExpertRunner:
             is_prefill=is_prefill,
             meanwhile=(lambda: self._look_ahead(layer, hidden)) if learns else None,
         )
+        if not is_prefill:
+            self._admission.note_missed(layer, self.cache.num_read - num_read)
         if learns:
             self._predictor.observe(layer, experts)
 
@@ -210,7 +213,7 @@ class ExpertRunner:
     def _look_ahead(self, layer: int, hidden: torch.Tensor) -> None:
         """Fetch what the next layer will want, as far as the disk has time."""
         following = layer + 1
-        if following == len(self.layers):
+        if following == len(self.layers) or not self._admission.is_worth_asking(following):
             return
         keys = self.layers[following]
         count = round(self._admission.allow() / self._expert_bytes)
