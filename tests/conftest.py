@@ -35,6 +35,13 @@ from nexus_ext import _native
 from nexus_ext.checkpoint import Extent, File, Group, Stamp
 from nexus_ext.engine import Engine, Faults, ReadMode
 
+if importlib.util.find_spec("hypothesis"):  # not where GPUs are
+    import hypothesis
+
+    # The same examples every time, however slow the machine.
+    hypothesis.settings.register_profile("nexus", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile("nexus")
+
 # Long enough for a machine that is busy with something else; nothing is measured by it.
 PATIENCE_SECONDS = 60
 PAGE = 4096
