@@ -9,7 +9,8 @@ a store loads, and the caller computes.
 Note [Who stays, who passes through]
 Some slots of each class belong to nobody for long. While a token is decoded, its misses load there
 at once and no eviction is waited for; when the layer is through, the policy says which experts are
-worth least, the new ones among them, until those slots are free again. In a prefill nearly every
+worth least, the new ones among them, until those slots are free again; not before half of them are
+taken, because asking the policy costs the same for one as for ten. In a prefill nearly every
 expert comes by once. It may take a place that is empty, and else passes through: the experts that
 decoding needs stay, and the disk reads on, the next layer's experts last. What is fetched ahead
 lands in these slots too, so that a guess costs nobody his place.
@@ -174,9 +175,9 @@ class ExpertCache:
         if selection.is_prefill:
             self._let_pass(selection.loaded)
         for index, one in enumerate(self._classes):
-            if one.num_over:
-                over = one.num_over
-                self.counts.num_evicted += len(self._evict(index, over, held=self._ahead))
+            if one.num_over > one.num_passing // 2:
+                evicted = self._evict(index, one.num_over, held=self._ahead)
+                self.counts.num_evicted += len(evicted)
 
     def _let_pass(self, keys: Collection[int]) -> None:
         """Of a prefill's experts that are through, those leave for whom no place is empty."""
