@@ -186,7 +186,7 @@ def bench_experts(
             streamed = options[strategy] | {"expert_budget": budget}
             lines.append(line | _line(bench, streamed, resident))
     return {
-        "model": str(bench.path),
+        "model": bench.path.name,
         "model_bytes": bench.checkpoint.nbytes,
         **work.describe(),
         "policy": policy,

@@ -19,7 +19,7 @@ def experts_tables(result: Mapping[str, Any]) -> list[Table]:
     """Document 001's table, and one that says why: a row for each strategy and budget in both."""
     speeds = _table(
         ("budget", "share", "prefill\nt/s", "decode\nt/s", "wired", "used", "file-\nbacked"),
-        title=f"{Path(result['model']).name}: {_work(result)}; GiB",
+        title=f"{result['model']}: {_work(result)}; GiB",
     )
     causes = _table(
         ("share", "pre-\nfill", "decode", "step/\nbound", "hits", "kept", "Belady", "MB a\ntoken"),
@@ -110,7 +110,7 @@ def plot_experts(result: Mapping[str, Any], path: Path) -> None:
         if None not in best:
             hits.plot(budgets, best, "--", color=drawn.get_color(), alpha=0.6)
     _label(hits, "hit rate (dashed: Belady)")
-    figure.suptitle(f"{Path(result['model']).name}: {_work(result)}", fontsize=9)
+    figure.suptitle(f"{result['model']}: {_work(result)}", fontsize=9)
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=120)

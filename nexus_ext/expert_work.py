@@ -60,7 +60,7 @@ class Work:
                 (f"random: there is no {_PROMPT_FILE}; routes of random tokens are no text's"),
             )
         else:
-            ids, source = _read_ids(file, wanted), str(file)
+            ids, source = _read_ids(file, wanted), file.name
         # Sequences begin apart; in a short text they overlap.
         apart = (len(ids) - wanted) // max(1, batch - 1)
         rows = tuple(tuple(ids[n * apart : n * apart + wanted]) for n in range(batch))

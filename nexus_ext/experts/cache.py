@@ -290,10 +290,6 @@ class ExpertCache:
         with self._lock:
             self._drop([key for key, slot in enumerate(self.slot_of) if slot >= 0])
 
-    def is_ahead(self, key: int) -> bool:
-        """Whether it was fetched ahead, and not asked for since."""
-        return key in self._ahead
-
 
 class _Selection:
     """The experts that one forward of a layer needs, and how far they are."""
