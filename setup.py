@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
@@ -75,7 +75,7 @@ native = CppExtension(
 )
 
 setup(
-    packages=["nexus_ext", "nexus_ext.kernels", "nexus_ext.quant"],
+    packages=[*find_packages(include=["nexus_ext", "nexus_ext.*"]), "nexus_ext.kernels"],
     package_dir={"nexus_ext": "nexus_ext", "nexus_ext.kernels": "kernels/triton"},
     package_data={"nexus_ext": ["py.typed", "*.pyi"]},
     ext_modules=[native],

@@ -17,6 +17,7 @@ import pytest
 import nexus_ext
 
 PACKAGE = Path(nexus_ext.__file__).parent
+ROOT = Path(__file__).parents[1]
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 # What costs seconds, or a device, or is not everybody's.
 HEAVY = ["accelerate", "huggingface_hub", "kvikio", "rich", "transformers", "triton", "typer"]
@@ -138,6 +139,14 @@ def test_the_command_is_installed() -> None:
     (command,) = entry_points(group="console_scripts", name="nexus")
     assert command.value == "nexus_ext.cli:main"
     assert callable(command.load())
+
+
+def test_every_module_is_installed(tmp_path: Path) -> None:
+    asked = ["build_py", "--build-lib", tmp_path, "egg_info", "--egg-base", tmp_path]
+    subprocess.run([sys.executable, "setup.py", "-qq", *asked], cwd=ROOT, check=True, timeout=300)
+    for folder, package in (("nexus_ext", "."), ("kernels/triton", "kernels")):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert (tmp_path / "nexus_ext" / package / file.relative_to(ROOT / folder)).is_file()
 
 
 def test_types_come_along() -> None:
