@@ -28,12 +28,11 @@ from tests.expert_subjects import (
     make_subject,
 )
 
-pytestmark = pytest.mark.usefixtures("one_quiet_thread")
-
 OP = torch.ops.nexus.streamed_experts.default
 GRAD = torch.ops.nexus.streamed_experts_grad.default
 
 pytestmark = [
+    pytest.mark.usefixtures("one_quiet_thread"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
 ]

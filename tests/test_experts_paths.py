@@ -199,7 +199,8 @@ def test_a_prefill_reads_every_expert_once_and_evicts_nobody(qwen: Subject, budg
     with qwen.stream(expert_budget=budget, io="buffered", expert_predict="off") as model:
         logits(model, PROMPT, TEXT)
         kept, before = present(model), counts(model)
-        assert len(kept) >= before.num_staying
+        num_passing = before.num_slots - before.num_staying
+        assert 0 <= len(kept) - before.num_staying <= num_passing // 2
         with torch.inference_mode():
             got = model(prompt).logits
             assert torch.equal(got, qwen.resident(prompt).logits)

@@ -127,7 +127,9 @@ class ExpertCache:
 
     @property
     def num_read(self) -> int:
-        """Experts that a decoding layer used and that were read for it alone, guesses too."""
+        """Experts that were read because a layer needs them, right guesses included. What a
+        decoding layer adds are its misses, as they would be without guessing.
+        """
         return self.counts.num_misses + self.counts.num_ahead_used
 
     # -- one layer, one forward ----------------------------------------------------------------
