@@ -494,6 +494,19 @@ def _read_index(index: Path) -> dict[str, set[str]]:
             rule = f"an index has at most {MAX_JSON_BYTES} bytes"
             raise broken(str(index), rule, file.stamp.size)
         raw = _pread(descriptor, file, file.stamp.size, 0)
+    return parse_index(raw, index)
+
+
+def parse_index(raw: bytes, index: Path) -> dict[str, set[str]]:
+    """The names of the tensors in each shard; a shard is the plain name of a file.
+
+    Args:
+        raw: The JSON bytes of the index.
+        index: The file they come from, for messages.
+
+    Raises:
+        CheckpointFormatError: It is no index, or it names something but files beside it.
+    """
     shards: dict[str, set[str]] = defaultdict(set)
     for tensor, shard in index_shards(raw, str(index)).items():
         shards[shard].add(tensor)
