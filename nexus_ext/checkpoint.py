@@ -6,9 +6,9 @@ headers and never a weight byte, and it knows neither devices nor caches.
 
     path ──▶ index? ──▶ files ──▶ entries ──▶ Group(members, extents)
 
-A checkpoint is untrusted input. Two judges must accept a header: the parser below, because the
-safetensors library lets duplicate names and unknown fields pass, and the library, because it
-defines the format. Both see the same bytes (see `_ask_safetensors`).
+A checkpoint is untrusted input. Two judges must accept a header: `parse_header`, over the grammar
+of header.py, because the safetensors library lets duplicate names and unknown fields pass, and the
+library, because it defines the format. Both see the same bytes (see `_ask_safetensors`).
 """
 
 from __future__ import annotations

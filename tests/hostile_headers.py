@@ -332,6 +332,10 @@ def _illegal_json() -> dict[str, str | bytes]:
         "an object behind": plain + "{}",
         "a zero behind": plain + "\0",
         "a form feed behind": plain + "\f",
+        "a space and a form feed behind": plain + " \f",
+        "a space and a vertical tab behind": plain + "\n\v ",
+        "a space and a wide space behind": plain + " \u3000",
+        "a space and a line separator behind": plain + "\r\u2028",
         "a non-breaking space behind": plain + "\u00a0",
         "a zero in front": "\0" + plain,
         "no last brace": plain[:-1],
@@ -482,7 +486,7 @@ Infinity [] {} [0] [1,1] [0,0] [0,2] [0,1,2] {"a":"b"} , : { } [ ] } ] ," ":
 9223372036854775807 9223372036854775808 18446744073709551615 18446744073709551616 4294967296
 """
 TOKENS = [*_WORDS.split(), *b'" \t\n\0\x0b\\\x80\xff'.split(b"|"), "\ufeff".encode(), b"[" * 300]
-TOKENS += [bytes([code]) for code in b'" \t\n\r\0\x0b\\\x7f\x80\xc0\xff']
+TOKENS += [bytes([code]) for code in b'" \t\n\r\f\0\x0b\\\x7f\x80\xc0\xff']
 _CODES = [*SIZES, "U8", "U8", "F32", "F4"]
 _NAMES = ["a", "b", "model.w", "\u00e9", "", "../x", "\\u0061", "\\n", '\\"', "}{"]
 
