@@ -84,7 +84,7 @@ _WANTED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stamp:
     """What a file was when it was opened; a difference later is `CheckpointChanged`."""
 
@@ -100,7 +100,7 @@ class Stamp:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class File:
     """One file with weights: an absolute path without links, and what stood there."""
 
@@ -108,7 +108,7 @@ class File:
     stamp: Stamp
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)  # there may be a million
 class Entry:
     """One tensor in a file; `file` indexes `Checkpoint.files`, `offset` counts from byte 0."""
 
@@ -120,7 +120,7 @@ class Entry:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Extent:
     """Contiguous bytes in a file that go to contiguous bytes of a group; never empty."""
 
@@ -130,7 +130,7 @@ class Extent:
     group_offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Member:
     """One tensor inside a group; `offset` is in bytes and a multiple of `ALIGNMENT`."""
 
