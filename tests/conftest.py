@@ -460,6 +460,33 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     made.close()
 
 
+# -- counts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def record_count(record_property: Callable[[str, object], None]) -> Callable[[str, object], None]:
+    """Have a count printed at the end of the run: (what was counted, how many)."""
+    return lambda name, value: record_property(f"count of {name}", value)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what tests counted; it comes with their reports from other processes, too."""
+    reports = [
+        report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)
+    ]
+    counts = [
+        f"{report.nodeid}: {name}: {value}"
+        for report in reports
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name.startswith("count of ")
+    ]
+    if counts:
+        terminalreporter.section("counts")
+        for line in counts:
+            terminalreporter.write_line(line)
+
+
 # -- processes ---------------------------------------------------------------------------------
 
 
