@@ -140,9 +140,7 @@ class Header:
         wanted = -(-nbytes // block_bytes) if block_bytes > 0 else -1
         if num_blocks != wanted or header_nbytes != _align_up(end + 8 * num_blocks):
             raise _corrupt(name, "the lengths in its header do not fit together")
-        digests = torch.tensor(
-            struct.unpack_from(f"<{num_blocks}q", head, end), dtype=torch.int64
-        )
+        digests = torch.tensor(struct.unpack_from(f"<{num_blocks}q", head, end), dtype=torch.int64)
         key, kind, about, created_ns = _parse_json(bytes(head[_HEAD.size : end]), name)
         return cls(
             key, kind, about, created_ns, nbytes, sha256, digests, header_nbytes, block_bytes
@@ -274,7 +272,7 @@ def read_header(descriptor: int, name: str) -> Header:
 
     Raises:
         CorruptCheckpoint: It is not one, or the file is cut or longer.
-        ReadError: The disk answered with an error.
+        ReadError: The disk answered with an error; has its errno.
     """
     size = os.fstat(descriptor).st_size
     if size < _ALIGNMENT:
@@ -299,10 +297,12 @@ def _pread(descriptor: int, nbytes: int, offset: int, name: str) -> bytearray:
         try:
             got = os.pread(descriptor, nbytes - len(data), offset + len(data))
         except OSError as error:
-            raise ReadError(
+            failed = ReadError(
                 f"A read must succeed; the header of {name} failed at offset "
                 f"{offset + len(data)}: {error.strerror}. Check the disk."
-            ) from error
+            )
+            failed.errno = error.errno
+            raise failed from error
         if not got:
             raise _corrupt(name, f"it ends inside its header, after {offset + len(data)} bytes")
         data += got
