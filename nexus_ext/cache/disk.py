@@ -46,6 +46,9 @@ from nexus_ext.memory import parse_bytes
 
 __all__ = ["Admission", "DiskTier"]
 
+# On a full disk the index needs some room too, to say what went.
+_SLACK_BYTES = 256 << 10
+
 Admission = Literal["always", "second-touch"]
 
 
@@ -357,8 +360,12 @@ class DiskTier:
                 break
             except WriteError as error:
                 # A full disk may be full of what is used less.
-                if is_last or not _is_full(error) or not self._room.free(zone, row.stored):
+                wanted = row.stored + _SLACK_BYTES
+                if is_last or not _is_full(error) or not self._room.free(zone, wanted):
                     raise
+        for other in self._zones:
+            if other is not zone and other.is_writable:
+                other.forget_key(row.key)  # another process may have put it there meanwhile
         self._count("puts")
         self._count("payload_bytes", row.nbytes)
         self._count("written_bytes", header.file_nbytes)

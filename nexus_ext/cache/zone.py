@@ -233,6 +233,17 @@ class Zone:
             self.index.remove(digest, self._unlink)
             return True
 
+    def forget_key(self, key: str) -> None:
+        """Remove what lies under a key, held or not: it has a new value elsewhere.
+
+        Raises:
+            ReadError, WriteError: The index cannot be used, or the file not be removed.
+        """
+        row = self.index.find(key)
+        if row is not None:
+            with holds.lock:
+                self.index.remove(row.digest, self._unlink)
+
     def _unlink(self, digest: bytes) -> None:
         path = self.folder.blob(digest)
         try:
