@@ -450,6 +450,26 @@ def test_a_good_file_under_another_ones_name_is_not_believed(tier: Callable[...,
     assert torch.equal(one.load("b"), page(2))
 
 
+def test_what_cannot_be_set_aside_is_not_served(
+    tier: Callable[..., DiskTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = tier()
+    entry = one.put("a", [page(1)])
+    flip(entry.path, PAGE)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        with pytest.raises(CorruptCheckpoint):
+            one.read(entry)
+    assert entry.path.exists()
+    assert one.get("a") is None
+    assert one.put("a", [page(1)]) is not None  # written over
+    assert torch.equal(one.load("a"), page(1))
+
+
 def test_a_file_that_is_gone_is_a_miss(tier: Callable[..., DiskTier]) -> None:
     one = tier()
     entry = one.put("a", [page(1)])

@@ -28,7 +28,7 @@ from nexus_ext.cache.blob import Header, Part, tensors_of
 from nexus_ext.cache.checking import verify_zones
 from nexus_ext.cache.index import Row
 from nexus_ext.cache.reading import BlockMode
-from nexus_ext.cache.report import DiskStats, Entry, VerifyReport
+from nexus_ext.cache.report import DiskStats, Entry, VerifyReport, ZoneStats
 from nexus_ext.cache.room import Room
 from nexus_ext.cache.rotation import Rotation
 from nexus_ext.cache.touches import Touches
@@ -266,6 +266,9 @@ class DiskTier:
         """Read every block of every blob; set aside what is bad, enter what the index had lost.
 
         Blocks for as long as the disk takes. Others may go on meanwhile.
+
+        Raises:
+            ReadError, WriteError: An index cannot be used.
         """
         self._check_open()
         report = verify_zones(self._zones, lambda error: self._fail("corruptions", error))
@@ -277,7 +280,7 @@ class DiskTier:
     def stats(self) -> DiskStats:
         """Counters and the state of every zone."""
         self._check_open()
-        zones = tuple(zone.stats(time.time_ns()) for zone in self._zones)
+        zones = tuple(self._stats_of(zone) for zone in self._zones)
         with self._lock:
             names = [n for n, kind in DiskStats.__annotations__.items() if kind == "int"]
             fields: dict[str, Any] = {name: self._counts[name] for name in names} | self._said
@@ -404,6 +407,16 @@ class DiskTier:
         except ReadError as error:
             self._fail("index_errors", error)
             return []
+
+    def _stats_of(self, zone: Zone) -> ZoneStats:
+        try:
+            return zone.stats(time.time_ns())
+        except ReadError as error:
+            self._fail("index_errors", error)
+            free = zone.folder.free_bytes()
+            return ZoneStats(
+                zone.folder.path, 0, 0, free, 0, 0, zone.index.num_rebuilds, str(error)
+            )
 
     def _remove(self, zone: Zone, digest: bytes) -> bool:
         if not zone.is_writable:
