@@ -233,9 +233,8 @@ class Transfer:
         head = self.candidate.head if self.candidate is not None else None
         if head is None or facts.nbytes is None or head.nbytes != facts.nbytes:
             return False
-        if facts.validator == "":
-            return self.download.sha256 is not None
-        return head.validator == facts.validator
+        can_tell = facts.validator != "" or self.download.sha256 is not None
+        return can_tell and head.validator == facts.validator
 
     def check_size(self, facts: Facts) -> None:
         """Raises ContentMismatch where the source has not as many bytes as were asked for."""
