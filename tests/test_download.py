@@ -744,16 +744,16 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 @pytest.fixture
 def full_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """The disk takes so many writes of data, then none."""
-    write = os.pwritev
+    write = os.pwrite
     left = [10**9]
 
-    def limited(descriptor: int, pieces: Any, offset: int) -> int:
+    def limited(descriptor: int, data: Any, offset: int) -> int:
         left[0] -= 1
         if left[0] < 0:
             raise OSError(28, "No space left on device")
-        return write(descriptor, pieces, offset)
+        return write(descriptor, data, offset)
 
-    monkeypatch.setattr(os, "pwritev", limited)
+    monkeypatch.setattr(os, "pwrite", limited)
     return lambda num_writes: left.__setitem__(0, num_writes)
 
 
@@ -787,10 +787,8 @@ def test_a_file_larger_than_what_is_free_is_refused_before_it_is_fetched(
 def test_a_disk_that_takes_half_of_a_write_gets_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = os.pwritev
-    monkeypatch.setattr(
-        os, "pwritev", lambda fd, pieces, at: write(fd, [b"".join(pieces)[:100]], at)
-    )
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:10_000], at))
     with Server(DATA) as server, downloader() as loader:
         loader.fetch(Download(server.url, tmp_path / "file", **RIGHT))
     assert (tmp_path / "file").read_bytes() == DATA

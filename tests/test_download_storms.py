@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,8 +218,9 @@ def test_a_kill_costs_a_chunk_at_most(tmp_path: Path, nursery: Nursery) -> None:
                 countdown.allow(rng.randrange(1, 40) if kills < NUM_KILLS else 10**9)
                 pid = nursery.begin(server.url, target)
                 # Killed while all connections are busy, or it was the last one and is through.
+                deadline = time.monotonic() + PATIENCE_SECONDS
                 while not countdown.is_spent.wait(0.002) and not target.exists():
-                    pass
+                    assert time.monotonic() < deadline
                 if target.exists():
                     assert nursery.end(pid) == 0
                     break
