@@ -534,9 +534,10 @@ def test_a_worker_that_is_about_to_connect_is_cut_too(tmp_path: Path) -> None:
         return connect(*arguments, **options)
 
     with (
-        Server(DATA, always=Act(cut=0, stall=True)) as server,
+        Server(DATA) as server,
         pytest.MonkeyPatch.context() as patch,
     ):
+        server.gate = threading.Event()  # no answer comes
         patch.setattr(socket, "create_connection", slowly)
         # Nobody would wait so long: without the cut this ends by the test's own limit.
         with downloader(timeout_seconds=10_000) as loader:
