@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import nexus_ext as nexus
@@ -35,6 +37,9 @@ PROMPT = torch.tensor([[1, 5, 9, 2]])
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "llama"
     make_llama(path, **TINY)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(path)
     return path
 
 
@@ -233,3 +238,20 @@ def test_nexus_fetch_says_where_it_lies(hub: HubServer, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert Path(report["path"]) == locate(NAME)
     assert report["bytes_received"] == report["nbytes"]
+
+
+def test_a_second_run_fetches_nothing_and_converts_nothing(
+    hub: HubServer, nexus_home: Path, tmp_path: Path
+) -> None:
+    asked = ["run", NAME, "--prompt", "w1 w2", "--weights", "nf4", "--max-new-tokens", "4"]
+    first = CliRunner().invoke(app, asked, catch_exceptions=False)
+    assert first.exit_code == 0, first.output
+    [packed] = (nexus_home / "converted").glob("*/*.index.json")
+    made = {file: file.stat().st_mtime_ns for file in packed.parent.iterdir()}
+    counts = dict(hub.asked)
+    hub.close()
+    second = CliRunner().invoke(app, asked, catch_exceptions=False)
+    assert second.exit_code == 0, second.output
+    assert second.stdout == first.stdout
+    assert dict(hub.asked) == counts
+    assert {file: file.stat().st_mtime_ns for file in packed.parent.iterdir()} == made
