@@ -1,48 +1,226 @@
-"""Where a model's files come from: a folder, or a download by the hub's own library."""
+"""Where does a model come from, and where do its files then lie?
+
+    name ──▶ a path: used where it is
+         ──▶ fetched before: nothing is asked of anybody
+         ──▶ org/name: listed by huggingface_hub, fetched into the hub's own cache layout
+         ──▶ a URL: fetched into NEXUS_HOME/models
+
+Owns the answer, and the note of what was fetched (NEXUS_HOME/fetched).
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from nexus_ext.errors import ConfigError, MissingExtra
+from nexus_ext.config import home_folder
+from nexus_ext.download import Downloader
+from nexus_ext.errors import ConfigError, SourceUnavailable
+from nexus_ext.files import write_whole
+from nexus_ext.hub_repo import cached_snapshot, fetch_repo, is_offline, list_repo
+from nexus_ext.url_model import fetch_url
 
-__all__ = ["locate"]
+__all__ = ["FetchReport", "fetch", "locate"]
 
-# Weights as safetensors, and what describes them; never pickles.
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_log = logging.getLogger("nexus_ext")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+Progress = Callable[[str, int, int], None]
 
 
-def locate(name: str | Path) -> Path:
-    """The local folder (or file) of a model; a hub id is downloaded, or found in the hub's cache.
+@dataclass(frozen=True)
+class FetchReport:
+    """What `fetch` found and did.
 
-    Blocks for the download. HF_HUB_OFFLINE=1 uses the cache alone.
+    Attributes:
+        path: The folder (or file) to open.
+        revision: The commit, where there is such a thing.
+        num_files, nbytes: Of the whole model.
+        bytes_received: Over the network, now.
+        bytes_reused: Of an interrupted download, compared again.
+        bytes_present: Of files that were here.
+        num_retries: Requests that failed and were tried again.
+        seconds: In all.
+    """
+
+    path: Path
+    revision: str
+    num_files: int
+    nbytes: int
+    bytes_received: int
+    bytes_reused: int
+    bytes_present: int
+    num_retries: int
+    seconds: float
+
+
+def locate(name: str | Path, *, progress: Progress | None = None) -> Path:
+    """The local folder (or file) of a model; what is not here is fetched.
+
+    A model that was fetched before is used as it is, and nobody is asked for a newer one: `fetch`
+    does that. Blocks for a download. HF_HUB_OFFLINE=1 uses the hub's cache alone.
 
     Raises:
-        ConfigError: Neither a path nor an id that the hub knows.
-        MissingExtra: A hub id, without huggingface_hub.
+        As `fetch`.
     """
     path = Path(name).expanduser()
     if path.exists():
         return path
+    remembered = _remembered(str(name), None)
+    return fetch(name, progress=progress).path if remembered is None else remembered
+
+
+def fetch(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    verify: bool = False,
+    max_connections: int = 8,
+    progress: Progress | None = None,
+) -> FetchReport:
+    """Bring a model here, or what is missing of it; an interrupted download goes on.
+
+    Blocks. Every file is compared with what its source says of it: its size, and on the hub its
+    SHA-256 or git's SHA-1.
+
+    Args:
+        name: A hub id; a URL (https, s3, gs, ...: what fsspec knows) of a folder with a checkpoint,
+            or of one .safetensors or .gguf file; or a local path, which is left alone.
+        revision: Branch, tag or commit of a hub id; None is its main branch.
+        verify: Read files that are here, too, and compare. A URL's are fetched again: nothing is
+            known about them.
+        max_connections: At the same time, over all files.
+        progress: Called as (file, done_bytes, total_bytes), from other threads.
+
+    Raises:
+        ConfigError: Neither a path, nor a URL, nor an id that the hub knows.
+        MissingExtra: It needs a package that is not installed: pip install 'nexus_ext[hub]'.
+        DownloadError: A source refuses, cannot be reached, or sends something else.
+        WriteError: The disk would not take it.
+    """
+    began = time.perf_counter()
+    if Path(name).expanduser().exists():
+        return _report(Path(name).expanduser(), "", began)
+    if _URL.match(str(name)):
+        return _fetch_url(str(name), verify, max_connections, progress, began)
     if len(Path(name).parts) > 2 or str(name).startswith((".", "/", "~")):
         raise ConfigError(
-            f"A model is a folder or a hub id like 'org/name'; {name} does not exist."
+            f"A model is a folder, a URL or a hub id like 'org/name'; {name} does not exist."
         )
+    if is_offline():
+        return _report(cached_snapshot(str(name), revision), revision or "", began)
+    return _fetch_repo(str(name), revision, verify, max_connections, progress, began)
+
+
+def _fetch_url(
+    url: str, verify: bool, max_connections: int, progress: Progress | None, began: float
+) -> FetchReport:
+    remembered = None if verify else _remembered(url, None)
+    if remembered is not None:
+        return _report(remembered, "", began)
+    with Downloader(max_connections=max_connections, progress=_named(progress)) as downloader:
+        path, fetched = fetch_url(url, downloader)
+        stats = downloader.stats()
+    _remember(url, None, path, {str(one.path): one.nbytes for one in fetched})
+    return FetchReport(
+        path,
+        "",
+        len(fetched),
+        sum(one.nbytes for one in fetched),
+        stats.bytes_received,
+        stats.bytes_reused,
+        0,
+        stats.num_retries,
+        time.perf_counter() - began,
+    )
+
+
+def _fetch_repo(
+    name: str,
+    revision: str | None,
+    verify: bool,
+    max_connections: int,
+    progress: Progress | None,
+    began: float,
+) -> FetchReport:
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
-    except ImportError:
-        raise MissingExtra(
-            f"{name!r} is no local path, and a hub id needs huggingface_hub: "
-            "pip install 'nexus_ext[hf]'."
-        ) from None
+        repo = list_repo(name, revision)
+    except SourceUnavailable as error:
+        try:
+            path = cached_snapshot(name, revision)
+        except ConfigError:
+            raise error from None
+        _log.warning("%s; the hub's cache has it, and is used", error)
+        return _report(path, revision or "", began)
+    names = {file.blob: file.name for file in repo.files}
+    with Downloader(
+        max_connections=max_connections, progress=_named(progress, names)
+    ) as downloader:
+        present = fetch_repo(repo, downloader, verify=verify)
+        stats = downloader.stats()
+    files = {str(repo.snapshot / file.name): file.nbytes for file in repo.files}
+    _remember(name, revision, repo.snapshot, files)
+    return FetchReport(
+        repo.snapshot,
+        repo.commit,
+        len(files),
+        sum(files.values()),
+        stats.bytes_received,
+        stats.bytes_reused,
+        present,
+        stats.num_retries,
+        time.perf_counter() - began,
+    )
+
+
+def _report(path: Path, revision: str, began: float) -> FetchReport:
+    """Of a model that is here."""
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    nbytes = sum(one.stat().st_size for one in files)
+    seconds = time.perf_counter() - began
+    return FetchReport(path, revision, len(files), nbytes, 0, 0, nbytes, 0, seconds)
+
+
+def _named(
+    progress: Progress | None, names: Mapping[str, str] | None = None
+) -> Callable[[str, int, int | None], None] | None:
+    """Files of the hub's cache are called by their digests."""
+    if progress is None:
+        return None
+
+    def tell(path: str, done: int, total: int | None) -> None:
+        name = Path(path).name
+        progress((names or {}).get(name, name), done, total or done)
+
+    return tell
+
+
+# -- what was fetched before -----------------------------------------------------------------------
+
+
+def _note_of(name: str, revision: str | None) -> Path:
+    digest = hashlib.sha256(json.dumps([name, revision]).encode()).hexdigest()[:32]
+    return home_folder() / "fetched" / f"{digest}.json"
+
+
+def _remember(name: str, revision: str | None, path: Path, files: Mapping[str, int]) -> None:
+    note = {"path": str(path), "files": dict(files)}  # not the name: a URL may hold a secret
+    write_whole(_note_of(name, revision), json.dumps(note))
+
+
+def _remembered(name: str, revision: str | None) -> Path | None:
+    """Where it lies, if every file is still there with its size; a strange note counts as none."""
     try:
-        return Path(snapshot_download(str(name), allow_patterns=_WANTED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise ConfigError(
-            f"A model is a folder or a hub id; {name!r} is no folder, and the hub gave: {error}"
-        ) from error
+        note = json.loads(_note_of(name, revision).read_bytes())
+        files = note["files"].items()
+        if all(Path(file).stat().st_size == nbytes for file, nbytes in files):
+            return Path(note["path"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        pass
+    return None
