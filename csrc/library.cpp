@@ -11,15 +11,18 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <charconv>
 #include <cstring>
+#include <iterator>
 #include <string>
 #include <vector>
 
 #include "common/error.h"
 #include "common/range.h"
 #include "common/xxh3.h"
+#include "io/blocks.h"
 #include "io/measure.h"
 #include "io/page_cache.h"
 #include "python_module.h"
@@ -258,6 +261,82 @@ void engine_close(int64_t engine) {
   (void)new std::shared_ptr<Engine>(found);
 }
 
+// --- blocks with digests ------------------------------------------------------------------------
+
+bool is_contiguous_cpu(const Tensor& tensor, torch::headeronly::ScalarType type) {
+  return tensor.scalar_type() == type && tensor.is_contiguous() && tensor.is_cpu();
+}
+
+int64_t num_blocks(int64_t nbytes, int64_t block_bytes) {
+  return nbytes / block_bytes + (nbytes % block_bytes != 0 ? 1 : 0);
+}
+
+void check_block_bytes(int64_t block_bytes) {
+  if (block_bytes <= 0) fail("EngineError", "A block has bytes, got ", block_bytes, ".");
+}
+
+Tensor read_blocks_op(const Tensor& out, std::string path, Ints stamp, int64_t offset,
+                      const Tensor& digests, int64_t block_bytes, std::string io, bool allow_uring,
+                      int64_t depth, Ints faults) {
+  using torch::headeronly::ScalarType;
+  check_block_bytes(block_bytes);
+  if (!is_contiguous_cpu(out, ScalarType::Byte) || !is_contiguous_cpu(digests, ScalarType::Long) ||
+      digests.numel() != num_blocks(out.numel(), block_bytes) || offset < 0) {
+    fail("EngineError",
+         "Blocks are read into contiguous uint8 on the CPU, each with an int64 digest, from an "
+         "offset of 0 or more; got ",
+         out.numel(), " bytes and ", digests.numel(), " digests of blocks of ", block_bytes,
+         " from ", offset, ".");
+  }
+  if (io != "direct" && io != "buffered") {
+    fail("ConfigError", "Blocks are read with io \"direct\" or \"buffered\", got \"", io, "\".");
+  }
+  const auto* first = static_cast<const int64_t*>(digests.const_data_ptr());
+  const BlockTable table = {
+      offset, out.numel(), block_bytes, {first, static_cast<size_t>(digests.numel())}};
+  const FaultPlan plan = faults.empty() ? FaultPlan{} : fault_plan(faults);
+  const BlockVerdict verdict = read_blocks(
+      path, {stamp.at(0), stamp.at(1), stamp.at(2), stamp.at(3)}, table, bytes_of(out),
+      read_mode(io, allow_uring, true, depth, block_bytes), faults.empty() ? nullptr : &plan);
+  const int64_t fields[] = {
+      verdict.bad_block,    verdict.error,     verdict.is_direct ? 1 : 0, verdict.is_ring ? 1 : 0,
+      verdict.bytes_staged, verdict.num_plain, verdict.num_second,        verdict.num_faults};
+  const int64_t sizes[] = {std::size(fields)};
+  const Tensor answer = torch::stable::new_empty(digests, {sizes, 1});
+  std::memcpy(answer.mutable_data_ptr(), fields, sizeof(fields));
+  return answer;
+}
+
+// Parts are hashed as if they lay behind one another.
+Tensor block_digests(std::vector<Tensor> parts, int64_t block_bytes) {
+  using torch::headeronly::ScalarType;
+  check_block_bytes(block_bytes);
+  std::vector<uint64_t> digests;
+  Xxh3 hash;
+  int64_t filled = 0;
+  for (const Tensor& part : parts) {
+    if (!is_contiguous_cpu(part, ScalarType::Byte)) {
+      fail("EngineError", "Blocks are made of contiguous uint8 on the CPU.");
+    }
+    const std::byte* bytes = bytes_of(part);
+    for (int64_t at = 0; at < part.numel();) {
+      const int64_t taken = std::min(block_bytes - filled, part.numel() - at);
+      hash.update(bytes + at, static_cast<size_t>(taken));
+      at += taken;
+      filled += taken;
+      if (filled < block_bytes) continue;
+      digests.push_back(hash.digest());
+      hash = Xxh3();
+      filled = 0;
+    }
+  }
+  if (filled > 0) digests.push_back(hash.digest());
+  const int64_t sizes[] = {static_cast<int64_t>(digests.size())};
+  const Tensor answer = torch::stable::new_empty(parts.at(0), {sizes, 1}, ScalarType::Long);
+  std::copy(digests.begin(), digests.end(), static_cast<uint64_t*>(answer.mutable_data_ptr()));
+  return answer;
+}
+
 // --- the machine --------------------------------------------------------------------------------
 
 std::string measure(std::string path, std::string io, bool allow_uring, int64_t depth,
@@ -414,6 +493,17 @@ STABLE_TORCH_LIBRARY(nexus, m) {
   m.def("engine_stats(int engine) -> str");
   m.def("engine_close(int engine) -> ()");
 
+  // Fills `out` (uint8) from byte `offset` of a file; digests: int64, XXH3-64 of each `block_bytes`
+  // of it. Blocks. Answers int64 [8]: a bad block or -1; errno of its read, ENODATA at the end of
+  // the file, 0 where its bytes differ; is_direct; is_ring; bytes_staged; num_plain; num_second;
+  // num_faults. stamp: device, inode, size, mtime_ns. faults: as engine_open's.
+  m.def(
+      "read_blocks_(Tensor(a!) out, str path, int[] stamp, int offset, Tensor digests, "
+      "int block_bytes, str io, bool allow_uring, int depth, int[] faults) -> Tensor");
+  // Pure: XXH3-64 of every `block_bytes` of the parts (uint8), laid behind one another; at least
+  // one part.
+  m.def("block_digests(Tensor[] parts, int block_bytes) -> Tensor");
+
   m.def(
       "measure_read(str path, str io, bool allow_uring, int depth, int chunk_bytes, "
       "int max_bytes) -> str");
@@ -432,6 +522,8 @@ STABLE_TORCH_LIBRARY_IMPL(nexus, CPU, m) {
   m.impl("measure_copy", TORCH_BOX(&nexus::copy_rate));
   m.impl("engine_read_rows", TORCH_BOX(&nexus::engine_read_rows));
   m.impl("xxh3", TORCH_BOX(&nexus::xxh3));
+  m.impl("read_blocks_", TORCH_BOX(&nexus::read_blocks_op));
+  m.impl("block_digests", TORCH_BOX(&nexus::block_digests));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nexus, CUDA, m) {
