@@ -140,9 +140,7 @@ class Header:
         wanted = -(-nbytes // block_bytes) if block_bytes > 0 else -1
         if num_blocks != wanted or header_nbytes != _align_up(end + 8 * num_blocks):
             raise _corrupt(name, "the lengths in its header do not fit together")
-        digests = torch.tensor(
-            struct.unpack_from(f"<{num_blocks}q", head, end), dtype=torch.int64
-        )
+        digests = torch.tensor(struct.unpack_from(f"<{num_blocks}q", head, end), dtype=torch.int64)
         key, kind, about, created_ns = _parse_json(bytes(head[_HEAD.size : end]), name)
         return cls(
             key, kind, about, created_ns, nbytes, sha256, digests, header_nbytes, block_bytes
