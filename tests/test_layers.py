@@ -31,6 +31,43 @@ ALLOWED: dict[str, set[str]] = {
     "gds": {"errors"},
     "mode": {"checkpoint", "config", "device", "engine", "errors", "gds", "memory", "plan"},
     "rows": {"checkpoint", "engine", "errors", "ops"},
+    "cache.owners": set(),
+    "cache.blob": {"errors", "ops"},
+    "cache.reading": {"cache.blob", "device", "engine", "errors", "ops"},
+    "cache.report": set(),
+    "cache.index_file": {"cache.owners"},
+    "cache.index": {"cache.index_file", "errors"},
+    "cache.touches": {"cache.index"},
+    "cache.folder": {"cache.index_file", "cache.owners", "errors"},
+    "cache.holds": {"cache.blob"},
+    "cache.zone": {
+        "cache.blob",
+        "cache.folder",
+        "cache.holds",
+        "cache.index",
+        "cache.reading",
+        "cache.report",
+        "errors",
+    },
+    "cache.checking": {"cache.report", "cache.zone", "errors"},
+    "cache.room": {"cache.zone"},
+    "cache.rotation": set(),
+    "cache.disk": {
+        "cache.blob",
+        "cache.checking",
+        "cache.holds",
+        "cache.index",
+        "cache.reading",
+        "cache.report",
+        "cache.room",
+        "cache.rotation",
+        "cache.touches",
+        "cache.zone",
+        "engine",
+        "errors",
+        "memory",
+    },
+    "cache": {"cache.disk", "cache.report"},
     "streamer": {
         "checkpoint",
         "config",
@@ -248,6 +285,7 @@ def name_of(path: Path) -> str:
 
 
 MODULES = sorted(map(name_of, PACKAGE.rglob("*.py")))
+PACKAGES = {"nexus_ext.cache", "nexus_ext.quant"}
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp", ".cu"})
 
 
@@ -265,9 +303,10 @@ def imported(module: str) -> set[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module == "nexus_ext":
             names = [f"nexus_ext.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "nexus_ext.quant":
-            inner = [f"quant.{alias.name}" for alias in node.names]
-            names = [f"nexus_ext.{name if name in MODULES else 'quant'}" for name in inner]
+        elif isinstance(node, ast.ImportFrom) and node.module in PACKAGES:
+            outer = node.module.removeprefix("nexus_ext.")
+            inner = [f"{outer}.{alias.name}" for alias in node.names]
+            names = [f"nexus_ext.{name if name in MODULES else outer}" for name in inner]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} imports relatively"
             names = [str(node.module)]

@@ -272,7 +272,7 @@ def read_header(descriptor: int, name: str) -> Header:
 
     Raises:
         CorruptCheckpoint: It is not one, or the file is cut or longer.
-        ReadError: The disk answered with an error.
+        ReadError: The disk answered with an error; has its errno.
     """
     size = os.fstat(descriptor).st_size
     if size < _ALIGNMENT:
@@ -297,10 +297,12 @@ def _pread(descriptor: int, nbytes: int, offset: int, name: str) -> bytearray:
         try:
             got = os.pread(descriptor, nbytes - len(data), offset + len(data))
         except OSError as error:
-            raise ReadError(
+            failed = ReadError(
                 f"A read must succeed; the header of {name} failed at offset "
                 f"{offset + len(data)}: {error.strerror}. Check the disk."
-            ) from error
+            )
+            failed.errno = error.errno
+            raise failed from error
         if not got:
             raise _corrupt(name, f"it ends inside its header, after {offset + len(data)} bytes")
         data += got

@@ -54,18 +54,16 @@ class Owner:
     def __str__(self) -> str:
         return f"{self.boot}-{self.namespace}-{self.pid}-{self.began}"
 
-    def is_dead(self, path: Path) -> bool:
-        """Whether nobody will write to `path` any more, as far as can be known here.
+    def is_dead(self, last_sign_seconds: float) -> bool:
+        """Whether it will do nothing any more, as far as can be known here.
 
-        A process of this boot and namespace is asked for; of others only the age of `path` tells.
+        A process of this boot and namespace is asked for; of others only the time tells that has
+        gone by since the last sign of life (seconds since 1970).
         """
         if (self.boot, self.namespace) == (_boot(), _namespace()):
             found = _state_and_start(self.pid)
             return found is None or found[0] in _GONE_STATES or found[1] != self.began
-        try:
-            return time.time() - path.stat().st_mtime > _STRANGER_SECONDS
-        except FileNotFoundError:
-            return False
+        return time.time() - last_sign_seconds > _STRANGER_SECONDS
 
 
 def _boot() -> str:

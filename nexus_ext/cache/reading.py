@@ -67,7 +67,8 @@ def read_payload(
 
     Raises:
         CorruptCheckpoint: A block differs from its digest in two reads, or the file ends early.
-        ReadError: The disk answered with an error.
+        ReadError: The disk answered with an error; has its errno. Without one, the file could not
+            be opened.
         ConfigError: Another `out`.
     """
     memory = Device.of("cpu").allocate(header.nbytes) if out is None else out.detach().view(-1)
@@ -129,7 +130,9 @@ def _failure(name: str, block: int, offset: int, number: int) -> CorruptCheckpoi
             f"Every block of a cached file must match its digest; block {block} of {name} (from "
             f"offset {offset}) {what}. The file is set aside; fetch its bytes again."
         )
-    return ReadError(
+    failed = ReadError(
         f"A read must succeed; {name} at offset {offset} failed: {os.strerror(number)} (errno "
         f"{number}). Check the disk; what was cached there must be fetched again."
     )
+    failed.errno = number
+    return failed
