@@ -17,7 +17,7 @@ def find_local(name: str | Path) -> Path | None:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if len(Path(name).parts) != 2 or str(name).startswith((".", "/", "~")):
+    if len(Path(name).parts) > 2 or str(name).startswith((".", "/", "~")):
         return None
     try:
         from huggingface_hub import snapshot_download
@@ -25,9 +25,7 @@ def find_local(name: str | Path) -> Path | None:
     except ImportError:
         return None
     try:
-        return Path(
-            snapshot_download(str(name), allow_patterns=_WANTED, local_files_only=True)
-        )
+        return Path(snapshot_download(str(name), allow_patterns=_WANTED, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
 

@@ -34,7 +34,14 @@ from nexus_ext.quant.formats import PackedWeights
 from nexus_ext.quant.gguf_file import GGUFCheckpoint, open_checkpoint
 from nexus_ext.streamer import Progress, plan_groups
 
-__all__ = ["build_empty", "convert", "empty_model", "from_pretrained", "plan_pretrained", "renaming"]
+__all__ = [
+    "build_empty",
+    "convert",
+    "empty_model",
+    "from_pretrained",
+    "plan_pretrained",
+    "renaming",
+]
 
 _log = logging.getLogger("nexus_ext")
 

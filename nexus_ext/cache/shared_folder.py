@@ -219,7 +219,7 @@ class SharedFolder:
         """What dead processes did not finish goes; the rest is returned."""
         kept = []
         for one in found:
-            if one.writer is not None and one.writer.is_dead(one.path):
+            if one.writer is not None and one.writer.is_dead(one.used_ns / 1e9):
                 one.path.unlink(missing_ok=True)
                 self.num_abandoned += 1
             else:

@@ -98,7 +98,6 @@ class CallContext:
         blocks = find_blocks(self._model, None)
         seen: list[dict[str, Any]] = []
         base = _base_of(self._model)
-        before = {name: block for name, block in blocks}
         try:
             for name, block in blocks:
                 _replace(self._model, name, _Recorder(block, seen, len(blocks)))
@@ -106,7 +105,7 @@ class CallContext:
         except _AllRecorded:
             return seen
         finally:
-            for name, block in before.items():
+            for name, block in blocks:
                 _replace(self._model, name, block)
         raise StreamError(
             f"A block called alone gets what its model gives it; {type(base).__name__} called "

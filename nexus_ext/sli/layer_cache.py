@@ -181,7 +181,7 @@ class LayerCache:
             template: A module of the same structure, or a function from the layer's number to one.
                 Without it: that of `set_template`, the structure of the layer that this process
                 cached, or the config of the model, if `model` is a folder or a hub id that is on
-                this machine.
+                this machine, or if the layer came from such a model.
 
         Raises:
             StreamError: Nothing says what structure the layer has.

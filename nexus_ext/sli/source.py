@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from nexus_ext.quant.formats import PackedWeight
 from nexus_ext.quant.gguf_file import open_checkpoint
 from nexus_ext.sli.calling import CallContext
 from nexus_ext.sli.skeleton import Skeleton
-from nexus_ext.sli.storing import About, StoredLayer, fields_of, named_tensors
+from nexus_ext.sli.storing import ORIGIN, About, StoredLayer, fields_of, named_tensors
 
-__all__ = ["ModelSource"]
+__all__ = ["ModelSource", "page_memory"]
 
 _PAGE_BYTES = 4096
 
@@ -126,11 +127,17 @@ class ModelSource:
         """
         layer = self._layer(index)
         where = f"layer {index} of {self.path}"
-        made = layer.skeleton.build(_stored(layer, payload), where)
-        return self.called_alone(index, made)
+        return self.called_alone(index, layer.skeleton.build(_stored(layer, payload), where))
+
+    def load(self, index: int) -> nn.Module:
+        """`read` into memory of its own, and `build`."""
+        payload = page_memory(self.nbytes(index), self.phase(index))
+        self.read(index, payload)
+        return self.build(index, payload)
 
     def called_alone(self, index: int, layer: nn.Module) -> nn.Module:
-        """The layer, completed by what its model gives to this block."""
+        """The layer, completed by what its model gives to this block, and by where it is from."""
+        layer.__dict__[ORIGIN] = (str(self.path.resolve()), index)
         if self._context is not None and index < self.num_layers:
             hook = self._context.hook(index)
             layer.register_forward_pre_hook(hook, with_kwargs=True)
@@ -143,6 +150,14 @@ class ModelSource:
                 f"{index}."
             )
         return self._layers[index]
+
+
+def page_memory(nbytes: int, phase: int = 0) -> torch.Tensor:
+    """uint8 [nbytes] of its own, `phase` bytes behind a page boundary; hardly more is taken, since
+    torch.save writes the whole of what a tensor is a view of.
+    """
+    pages = mmap.mmap(-1, max(1, nbytes + phase), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)[phase : phase + nbytes]
 
 
 def _layer_of(checkpoint: Checkpoint, layout: Layout, name: str, block: nn.Module) -> _Layer:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,24 @@ from nexus_ext.errors import CheckpointFormatError, CorruptCheckpoint, StreamErr
 from nexus_ext.quant import PackedLinear
 from nexus_ext.quant.packing import GGML, INT8, NF4, NestedNF4, Packing
 
-__all__ = ["About", "StoredLayer", "fields_of", "layer_bytes", "named_tensors", "read", "store"]
+__all__ = [
+    "ORIGIN",
+    "About",
+    "StoredLayer",
+    "fields_of",
+    "layer_bytes",
+    "named_tensors",
+    "read",
+    "store",
+]
+
+# The attribute in which a layer carries its origin.
+ORIGIN = "_nexus_origin"
 
 _LENGTH_BYTES = 8
 _METADATA = "nexus_layer"
 _VERSION = 1
-_PACKINGS: dict[str, type[Packing]] = {
-    kind.__name__: kind for kind in (NF4, NestedNF4, INT8, GGML)
-}
+_PACKINGS: dict[str, type[Packing]] = {kind.__name__: kind for kind in (NF4, NestedNF4, INT8, GGML)}
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ class About:
         training: Modules in training mode; "" is the layer itself.
         packed: Packing of each `PackedLinear`, by its name.
         part_names: Of the parts of each `PackedLinear`.
+        origin: Folder or file of the model it came from, and its number there; None where it came
+            from elsewhere. Its structure is found there again.
     """
 
     kind: str
@@ -55,6 +67,7 @@ class About:
     training: list[str]
     packed: dict[str, dict[str, Any]]
     part_names: dict[str, list[str]]
+    origin: tuple[str, int] | None = None
 
     @classmethod
     def of(cls, layer: nn.Module) -> About:
@@ -70,6 +83,7 @@ class About:
             training=[name for name, module in layer.named_modules() if module.training],
             packed={name: fields_of(module.packing) for name, module in packed.items()},
             part_names={name: list(module._part_names) for name, module in packed.items()},
+            origin=layer.__dict__.get(ORIGIN),
         )
 
     def packing(self, name: str) -> Packing:
@@ -240,6 +254,9 @@ def _read_about(header: bytes, where: str) -> About:
         about = About(**fields)
         for name in about.packed:
             about.packing(name)
+        if about.origin is not None:
+            path, index = about.origin
+            about = replace(about, origin=(str(path), int(index)))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointFormatError(
             f"A cached layer says what module it is; {where} does not ({error}). It was written by "

@@ -1,6 +1,6 @@
 """Where the structure of a layer comes from, when all that was kept is its tensors.
 
-    given ▶ what this process cached ▶ registered ▶ the model's own config ▶ StreamError
+given ▶ what this process cached ▶ registered ▶ the model's own config ▶ StreamError
 """
 
 from __future__ import annotations
@@ -83,6 +83,9 @@ def _from_config(
     model: str, index: int, stored: StoredLayer, where: str
 ) -> tuple[Skeleton, nn.Module]:
     source = source_of(model)
+    if source is None and stored.about.origin is not None:
+        origin, index = stored.about.origin
+        source = source_of(origin)
     if source is None or index >= source.num_layers:
         raise StreamError(
             f"A cached layer is tensors, and its code comes from a template; there is none for "
