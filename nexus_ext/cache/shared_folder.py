@@ -35,6 +35,7 @@ _TEMPORARY = re.compile(rf"\.({OWNER.pattern})\.(\d+)\.tmp", re.ASCII)
 _SEGMENT = re.compile(r"[0-9a-f]{16,128}", re.ASCII)
 # Somebody may take the folder away whenever it is made; not that often.
 _MOST_TRIES = 100
+_numbers = itertools.count()  # of temporaries of this process, whichever tier makes them
 
 
 def default_folder(name: str) -> Path:
@@ -76,7 +77,6 @@ class SharedFolder:
         self.path = path
         self.num_abandoned = 0
         self._owner = str(Owner.current())
-        self._numbers = itertools.count()
         try:
             self._users = self._join()
             with self._locked():
@@ -227,7 +227,7 @@ class SharedFolder:
         return kept
 
     def _create(self, nbytes: int, victims: Iterator[_Found], evict: Evict) -> Reserved:
-        path = self.path / f".{self._owner}.{next(self._numbers)}.tmp"
+        path = self.path / f".{self._owner}.{next(_numbers)}.tmp"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             while not allocate(descriptor, nbytes):
