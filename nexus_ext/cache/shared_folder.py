@@ -16,7 +16,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -167,7 +167,8 @@ class SharedFolder:
     def _join(self) -> int:
         for _ in range(_MOST_TRIES):
             try:
-                self.path.mkdir(mode=0o700, exist_ok=True)
+                with suppress(FileExistsError):
+                    os.mkdir(self.path, 0o700)
                 _check_private(self.path)
                 descriptor = self._open_own(".users")
             except FileNotFoundError:
