@@ -20,7 +20,7 @@ def verify_zones(zones: Sequence[Zone], report: Callable[[Exception], object]) -
         report: Told of each blob that is bad.
 
     Raises:
-        ReadError, WriteError: An index cannot be used, or a bad file not be moved.
+        ReadError, WriteError: An index cannot be used.
     """
     found = [_verify(zone, report) for zone in zones]
     return VerifyReport(

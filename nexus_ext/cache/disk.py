@@ -28,7 +28,7 @@ from nexus_ext.cache.blob import Header, Part, tensors_of
 from nexus_ext.cache.checking import verify_zones
 from nexus_ext.cache.index import Row
 from nexus_ext.cache.reading import BlockMode
-from nexus_ext.cache.report import DiskStats, Entry, VerifyReport
+from nexus_ext.cache.report import DiskStats, Entry, VerifyReport, ZoneStats
 from nexus_ext.cache.room import Room
 from nexus_ext.cache.rotation import Rotation
 from nexus_ext.cache.touches import Touches
@@ -45,6 +45,9 @@ from nexus_ext.errors import (
 from nexus_ext.memory import parse_bytes
 
 __all__ = ["Admission", "DiskTier"]
+
+# On a full disk the index needs some room too, to say what went.
+_SLACK_BYTES = 256 << 10
 
 Admission = Literal["always", "second-touch"]
 
@@ -263,6 +266,9 @@ class DiskTier:
         """Read every block of every blob; set aside what is bad, enter what the index had lost.
 
         Blocks for as long as the disk takes. Others may go on meanwhile.
+
+        Raises:
+            ReadError, WriteError: An index cannot be used.
         """
         self._check_open()
         report = verify_zones(self._zones, lambda error: self._fail("corruptions", error))
@@ -274,7 +280,7 @@ class DiskTier:
     def stats(self) -> DiskStats:
         """Counters and the state of every zone."""
         self._check_open()
-        zones = tuple(zone.stats(time.time_ns()) for zone in self._zones)
+        zones = tuple(self._stats_of(zone) for zone in self._zones)
         with self._lock:
             names = [n for n, kind in DiskStats.__annotations__.items() if kind == "int"]
             fields: dict[str, Any] = {name: self._counts[name] for name in names} | self._said
@@ -357,8 +363,12 @@ class DiskTier:
                 break
             except WriteError as error:
                 # A full disk may be full of what is used less.
-                if is_last or not _is_full(error) or not self._room.free(zone, row.stored):
+                wanted = row.stored + _SLACK_BYTES
+                if is_last or not _is_full(error) or not self._room.free(zone, wanted):
                     raise
+        for other in self._zones:
+            if other is not zone and other.is_writable:
+                other.forget_key(row.key)  # another process may have put it there meanwhile
         self._count("puts")
         self._count("payload_bytes", row.nbytes)
         self._count("written_bytes", header.file_nbytes)
@@ -397,6 +407,16 @@ class DiskTier:
         except ReadError as error:
             self._fail("index_errors", error)
             return []
+
+    def _stats_of(self, zone: Zone) -> ZoneStats:
+        try:
+            return zone.stats(time.time_ns())
+        except ReadError as error:
+            self._fail("index_errors", error)
+            free = zone.folder.free_bytes()
+            return ZoneStats(
+                zone.folder.path, 0, 0, free, 0, 0, zone.index.num_rebuilds, str(error)
+            )
 
     def _remove(self, zone: Zone, digest: bytes) -> bool:
         if not zone.is_writable:

@@ -31,6 +31,19 @@ _UNFINISHED = re.compile(
 )
 # How long a process waits for another one's transaction; they take milliseconds.
 _BUSY_SECONDS = 60.0
+# What SQLite says when it is not the file's fault.
+_CIRCUMSTANCES = (
+    "locked",
+    "is full",
+    "readonly",
+    "unable to open",
+    "out of memory",
+    "interrupted",
+)
+_WHOLE = ("index", "")
+# Bytes 18 and 19 of a file say who may write to it and how: to its log, or without one. Anything
+# else is a damaged byte, and would make it read-only for ever.
+_FORMATS = (b"\x02\x02", b"\x01\x01")
 # A constant, so that a test can have an index whose locks do nothing.
 _VFS = ""
 
@@ -51,10 +64,12 @@ SCHEMA = (
 
 
 def is_broken(error: sqlite3.Error) -> bool:
-    """Whether the file is to blame, and not the disk, a lock or a full file system."""
+    """Whether another file would help: not against a lock or a full file system. It may against an
+    error of the disk, which is one of a place on it.
+    """
     if not isinstance(error, sqlite3.OperationalError):
         return True
-    return any(text in str(error) for text in ("no such", "malformed", "schema", "corrupt"))
+    return not any(text in str(error) for text in _CIRCUMSTANCES)
 
 
 def memory_index(fill: Fill) -> Connection:
@@ -115,6 +130,7 @@ class IndexFile:
         connection = None
         try:
             self._inode = os.stat(path).st_ino
+            _judge_head(path)
             connection = _connect(f"{path.absolute().as_uri()}?mode=rw{_VFS}")
             _judge(connection)
         except FileNotFoundError:
@@ -157,9 +173,6 @@ class IndexFile:
         return num_rows > 0 or number > 1
 
 
-_WHOLE = ("index", "")
-
-
 def unfinished_owner(name: str) -> Owner | None:
     """Who was making a new index under this name; None for any other file."""
     match = _UNFINISHED.fullmatch(name)
@@ -198,6 +211,13 @@ def _create(connection: Connection, fill: Fill) -> int:
     num_rows = fill(connection)
     connection.execute("COMMIT")
     return num_rows
+
+
+def _judge_head(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(20)
+    if head[18:20] not in _FORMATS:
+        raise sqlite3.DatabaseError("another format")
 
 
 def _judge(connection: Connection) -> None:

@@ -42,7 +42,7 @@ class Zone:
         """
         self.folder = Folder(path, shared)
         self._mode = mode
-        self._bad: set[bytes] = set()  # in a folder that cannot be written to
+        self._bad: set[bytes] = set()  # those that could not be set aside
         if not self.folder.read_only:
             try:
                 self.index = Index(self.folder.path, self.folder.file_mode, self._scan)
@@ -132,17 +132,18 @@ class Zone:
         Args:
             digest: Which.
             inode: Of the file that is bad; another one, put there meanwhile, stays.
-
-        Raises:
-            WriteError: It cannot be moved.
         """
         path = self.folder.blob(digest)
-        if not self.is_writable:
-            self._bad.add(digest)
-            return
-        with holds.lock:
-            is_it = lambda: path.exists() and path.stat().st_ino == inode  # noqa: E731
-            self.index.remove(digest, lambda _: self._quarantine(path), is_it)
+
+        def is_it() -> bool:
+            return path.exists() and path.stat().st_ino == inode
+
+        # What cannot be moved is remembered, and not served.
+        self._bad.add(digest)
+        if self.is_writable:
+            with suppress(WriteError), holds.lock:
+                self.index.remove(digest, lambda _: self._quarantine(path), is_it)
+                self._bad.discard(digest)
 
     def _quarantine(self, path: Path) -> None:
         try:
@@ -170,11 +171,11 @@ class Zone:
     def adopt(self, row: Row) -> bool:
         """Enter a key for bytes that are here already. False if they are not."""
         path = self.folder.blob(row.digest)
+        if row.digest in self._bad:
+            return False
         try:
             descriptor = open_blob(path)
-        except FileNotFoundError:
-            return False
-        except (CorruptCheckpoint, ReadError):
+        except (FileNotFoundError, CorruptCheckpoint, ReadError):
             return False  # it is written anew
         try:
             header = self._header(descriptor, path, row.digest)
@@ -206,6 +207,7 @@ class Zone:
             for _ in range(3):
                 temporary = self.folder.blobs / name
                 write_blob(path, temporary, header, parts, self.folder.file_mode)
+                self._bad.discard(row.digest)
                 if self._add(row, name, header.file_nbytes):
                     return
             raise WriteError(f"A cached file must stay; {path} vanished. Put it again.")
@@ -232,6 +234,17 @@ class Zone:
                 return False
             self.index.remove(digest, self._unlink)
             return True
+
+    def forget_key(self, key: str) -> None:
+        """Remove what lies under a key, held or not: it has a new value elsewhere.
+
+        Raises:
+            ReadError, WriteError: The index cannot be used, or the file not be removed.
+        """
+        row = self.index.find(key)
+        if row is not None:
+            with holds.lock:
+                self.index.remove(row.digest, self._unlink)
 
     def _unlink(self, digest: bytes) -> None:
         path = self.folder.blob(digest)
