@@ -168,6 +168,8 @@ class Server:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
+            # Head and body are two sends; the second must not wait for an acknowledgement.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 if self._is_closing:
                     connection.close()

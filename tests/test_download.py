@@ -43,6 +43,10 @@ def downloader(**options: Any) -> Downloader:
     return Downloader(**settings | options)
 
 
+# One request after the other: what the server sent before has landed.
+ONE = {"max_connections": 1, "chunk_bytes": BLOCK}
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -161,7 +165,6 @@ CASES = {
     "always 429": Case(always=answer(429, Retry_After="1"), wants=UNAVAILABLE),
     "another range is told": Case([Act(lie=5)]),
     "another range is sent": Case([Act(shift=5)]),
-    "always another range": Case(always=Act(lie=-1, shift=1), wants=UNAVAILABLE),
     "always another range told": Case(always=Act(lie=5), wants=MISMATCH),
     "always another range sent": Case(always=Act(shift=5), wants=MISMATCH),
     "a part of nothing": Case([Act(headers={"Content-Range": None})]),
@@ -252,9 +255,6 @@ CASES = {
         numbered(lambda n: Act(headers={"ETag": f'"{n}"'})),
         wants=errors.SourceChanged,
     ),
-    "an ETag that comes and goes": Case(
-        every(2, Act(headers={"ETag": None})), wants=errors.SourceChanged
-    ),
     "a date that never stays": Case(
         numbered(lambda n: Act(headers={"Last-Modified": f"Tue, 01 Jan 2030 00:00:{n} GMT"})),
         etag=None,
@@ -295,14 +295,14 @@ def test_the_right_file_arrives_or_a_typed_error(case: Case, tmp_path: Path) -> 
 
 
 def test_what_arrived_before_the_network_failed_is_not_fetched_again(tmp_path: Path) -> None:
-    with Server(DATA, [Act()] * 5, Act(silent=True)) as server, downloader() as loader:
+    with Server(DATA, [Act()] * 5, Act(silent=True)) as server, downloader(**ONE) as loader:
         download = Download(server.url, tmp_path / "file")
         with pytest.raises(UNAVAILABLE, match="what arrived is kept"):
             loader.fetch(download)
         assert [name.rpartition(".")[2] for name in left_in(tmp_path)] == ["journal", "part"]
         server._always = Act()
         fetched = loader.fetch(download)
-        assert fetched.bytes_reused >= 5 * BLOCK
+        assert fetched.bytes_reused == 5 * BLOCK
         assert fetched.bytes_reused + fetched.bytes_received == len(DATA)
         assert server.sent == len(DATA)
     assert left_in(tmp_path) == ["file"]
@@ -321,10 +321,11 @@ def test_a_source_that_changed_between_two_calls_starts_anew(
     tmp_path: Path, etag: str | None
 ) -> None:
     new = pattern(len(DATA), seed=1)
-    with Server(DATA, [Act()] * 5, Act(silent=True)) as server, downloader() as loader:
+    with Server(DATA, [Act()] * 5, Act(silent=True)) as server, downloader(**ONE) as loader:
         download = Download(server.url, tmp_path / "file")
         with pytest.raises(UNAVAILABLE):
             loader.fetch(download)
+        assert left_in(tmp_path) != []
         server._always, server.version = Act(), Version(new, etag)
         fetched = loader.fetch(download)
         assert fetched.bytes_reused == 0
@@ -350,7 +351,7 @@ def test_a_source_that_changes_meanwhile_is_fetched_anew(tmp_path: Path, nbytes:
 
 
 def test_bytes_that_were_given_out_do_not_change(tmp_path: Path) -> None:
-    with Server(DATA) as server, downloader(max_connections=1) as loader:
+    with Server(DATA) as server, downloader(**ONE) as loader:
         server.gate = threading.Event()
         server.gate.set()
         arriving = loader.start(Download(server.url, tmp_path / "file"))
@@ -367,12 +368,14 @@ def test_bytes_that_were_given_out_do_not_change(tmp_path: Path) -> None:
 
 def test_wrong_bytes_of_an_earlier_call_are_thrown_away(tmp_path: Path) -> None:
     script = [Act(flip=7), *[Act()] * 4]
-    with Server(DATA, script, Act(silent=True)) as server, downloader() as loader:
+    with Server(DATA, script, Act(silent=True)) as server, downloader(**ONE) as loader:
         download = Download(server.url, tmp_path / "file", **RIGHT)
         with pytest.raises(UNAVAILABLE):
             loader.fetch(download)
         server._always = Act()
-        assert loader.fetch(download).sha256 == RIGHT["sha256"]
+        fetched = loader.fetch(download)
+        assert (fetched.sha256, fetched.bytes_reused) == (RIGHT["sha256"], 0)
+        assert fetched.bytes_received > len(DATA)
     assert left_in(tmp_path) == ["file"]
 
 
@@ -421,7 +424,7 @@ def gated(server: Server, first: int) -> threading.Event:
 
 
 def test_what_is_wanted_comes_next_and_in_order(tmp_path: Path) -> None:
-    with Server(DATA) as server, downloader(max_connections=1, chunk_bytes=BLOCK) as loader:
+    with Server(DATA) as server, downloader(**ONE) as loader:
         rest = gated(server, first=1)
         arriving = loader.start(Download(server.url, tmp_path / "file"))
         assert arriving.nbytes == len(DATA)
@@ -504,7 +507,7 @@ def test_a_download_that_is_given_up_ends_at_once_and_can_go_on(
 
     with Server(DATA, script) as server:
         download = Download(server.url, tmp_path / "file")
-        with downloader() as loader:
+        with downloader(**ONE) as loader:
             arriving = loader.start(download)
             arriving.wait(0, BLOCK)
             assert stuck.wait(PATIENCE_SECONDS)
@@ -515,7 +518,7 @@ def test_a_download_that_is_given_up_ends_at_once_and_can_go_on(
                 arriving.wait(0, 1)
         assert not (tmp_path / "file").exists()
         server._script = lambda asked: None
-        with downloader() as loader:
+        with downloader(**ONE) as loader:
             assert loader.fetch(download).bytes_reused >= 3 * BLOCK
     assert left_in(tmp_path) == ["file"]
 
@@ -607,7 +610,7 @@ def test_an_address_that_ran_out_is_asked_for_again(tmp_path: Path) -> None:
         far = sum(one.path == asked.path for one in server.asked)
         return answer(403) if far > 3 else None
 
-    with Server(DATA, script) as server, downloader(max_connections=1) as loader:
+    with Server(DATA, script) as server, downloader(**ONE) as loader:
         loader.fetch(Download(server.url, tmp_path / "file", **RIGHT))
     assert next(count) > 1
 
@@ -616,7 +619,7 @@ def test_no_secret_is_logged_or_journalled(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    with Server(DATA, [Act()] * 5, Act(silent=True)) as server, downloader() as loader:
+    with Server(DATA) as server, downloader(**ONE) as loader:
         server._script = lambda asked: (
             Act(redirect=f"/to?sig={SECRET}", headers={"Set-Cookie": f"a={SECRET}"})
             if asked.path.startswith("/file")
@@ -741,16 +744,16 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 @pytest.fixture
 def full_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """The disk takes so many writes of data, then none."""
-    write = os.pwritev
+    write = os.pwrite
     left = [10**9]
 
-    def limited(descriptor: int, pieces: Any, offset: int) -> int:
+    def limited(descriptor: int, data: Any, offset: int) -> int:
         left[0] -= 1
         if left[0] < 0:
             raise OSError(28, "No space left on device")
-        return write(descriptor, pieces, offset)
+        return write(descriptor, data, offset)
 
-    monkeypatch.setattr(os, "pwritev", limited)
+    monkeypatch.setattr(os, "pwrite", limited)
     return lambda num_writes: left.__setitem__(0, num_writes)
 
 
@@ -784,10 +787,8 @@ def test_a_file_larger_than_what_is_free_is_refused_before_it_is_fetched(
 def test_a_disk_that_takes_half_of_a_write_gets_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = os.pwritev
-    monkeypatch.setattr(
-        os, "pwritev", lambda fd, pieces, at: write(fd, [b"".join(pieces)[:100]], at)
-    )
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:10_000], at))
     with Server(DATA) as server, downloader() as loader:
         loader.fetch(Download(server.url, tmp_path / "file", **RIGHT))
     assert (tmp_path / "file").read_bytes() == DATA

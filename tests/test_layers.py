@@ -270,6 +270,7 @@ ALLOWED: dict[str, set[str]] = {
     "download.follower": {"download.partial", "download.transfer", "errors"},
     "download.fetching": {
         "download.journal",
+        "download.line",
         "download.partial",
         "download.patience",
         "download.source",

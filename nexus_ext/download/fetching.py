@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 
 from nexus_ext.download.journal import Block, Head, new_hasher
+from nexus_ext.download.line import BUFFER_BYTES
 from nexus_ext.download.partial import Partial, adopt
 from nexus_ext.download.patience import Clock, Trouble
 from nexus_ext.download.source import Body, Facts
@@ -13,8 +14,6 @@ from nexus_ext.errors import ContentMismatch
 
 __all__ = ["Fetching"]
 
-_WRITE_BYTES = 1 << 20
-_MAX_PIECES = 256  # one pwritev takes at most 1024
 _SLOWEST_BYTES_PER_SECOND = 256
 
 
@@ -73,6 +72,8 @@ class Fetching:
             body.close()
             with closing(self._ask(None, None)) as whole:
                 self._transfer.check_size(whole.facts)
+                if whole.facts.nbytes not in (None, facts.nbytes):
+                    raise self._transfer.changed_error()
                 self._begin_with(None, whole, is_whole=True)
             return
         self._begin_with(candidate, body, body.is_whole or not self._can_be_pieced(facts))
@@ -143,27 +144,33 @@ class Fetching:
 
     def _receive(self, partial: Partial, body: Body) -> None:
         at, end = body.offset, None if body.nbytes is None else body.offset + body.nbytes
-        pieces: list[bytes] = []
-        held = 0
+        # Pieces are put together: to hash and write every 64 KiB would give the interpreter's lock
+        # away so often that eight threads spend more time on it than on their work.
+        buffer, held = memoryview(self._task.line.buffer), 0
         try:
             for piece in body.pieces:
                 if end is not None and at + held + len(piece) > end:
-                    pieces, held = [], 0
+                    held = 0
                     raise Trouble("the server sent more bytes than it said", ContentMismatch)
-                pieces.append(piece)
-                held += len(piece)
                 self._watch(len(piece))
-                if self._should_write(at, held, len(pieces)):
-                    full, pieces, held = (pieces, held), [], 0
-                    at = self._land(partial, full[0], full[1], at)
+                rest = memoryview(piece)
+                while rest:
+                    room = self._room(at, held)
+                    buffer[held : held + len(rest[:room])] = rest[:room]
+                    held += len(rest[:room])
+                    rest = rest[room:]
+                    if held >= self._room(at, 0):
+                        full, held = held, 0
+                        at = self._land(partial, buffer[:full], at)
         finally:
             # Also of a body that broke off: what came of it is right.
-            at = self._land(partial, pieces, held, at)
+            at = self._land(partial, buffer[:held], at)
         self._ended(partial, body, at)
 
-    def _should_write(self, at: int, held: int, num_pieces: int) -> bool:
+    def _room(self, at: int, held: int) -> int:
+        """How much fits before it is written: up to the block's end, or the buffer's."""
         to_boundary = self._block_bytes - at % self._block_bytes
-        return held >= min(to_boundary, _WRITE_BYTES) or num_pieces >= _MAX_PIECES
+        return min(to_boundary, BUFFER_BYTES) - held
 
     def _ended(self, partial: Partial, body: Body, at: int) -> None:
         if body.nbytes is not None:
@@ -189,36 +196,32 @@ class Fetching:
                 raise Trouble(f"{self._window_bytes} bytes came in {seconds:.0f} s")
             self._window_began, self._window_bytes = self._clock.now(), 0
 
-    def _land(self, partial: Partial, pieces: list[bytes], nbytes: int, at: int) -> int:
+    def _land(self, partial: Partial, data: memoryview, at: int) -> int:
         """Write, journal, tell; returns where the next byte belongs."""
+        nbytes = len(data)
         if nbytes == 0:
             return at
         transfer = self._transfer
         with transfer.changed:
             transfer.bytes_received += nbytes
             gaps = partial.landed.gaps(at, at + nbytes)
+        for start, end in gaps:
+            self._store(partial, data[start - at : end - at], start)
         if gaps != [(at, at + nbytes)]:
-            self._fill(partial, b"".join(pieces), at, gaps)
-        else:
-            self._store(partial, pieces, nbytes, at)
+            self._compare(partial, data, at)
         transfer.tell_progress()
         return at + nbytes
 
-    def _fill(self, partial: Partial, data: bytes, at: int, gaps: list[tuple[int, int]]) -> None:
-        """Some of it landed earlier: that must be the same again."""
-        end = at + len(data)
-        for start, stop in gaps:
-            self._store(partial, [data[start - at : stop - at]], stop - start, start)
+    def _compare(self, partial: Partial, data: memoryview, at: int) -> None:
+        """Some of it had landed earlier: that must be the same again."""
         if not partial.holds(data, at) and self._is_wanted():
             raise self._transfer.changed_error()
-        assert end == at + len(data)
 
-    def _store(self, partial: Partial, pieces: list[bytes], nbytes: int, at: int) -> None:
+    def _store(self, partial: Partial, data: memoryview, at: int) -> None:
         algorithm, hasher = new_hasher()
         assert hasher is not None
-        for piece in pieces:
-            hasher.update(piece)
-        partial.write(pieces, at)
-        partial.record(Block(at, nbytes, f"{algorithm}:{hasher.hexdigest()}"))
+        hasher.update(data)
+        partial.write(data, at)
+        partial.record(Block(at, len(data), f"{algorithm}:{hasher.hexdigest()}"))
         with self._transfer.changed:
-            self._transfer.landed(partial, at, at + nbytes)
+            self._transfer.landed(partial, at, at + len(data))

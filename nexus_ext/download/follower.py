@@ -28,6 +28,7 @@ class Follower(threading.Thread):
         self._partial = partial
         self._hasher = hashlib.sha256()
         self._at = 0
+        self._buffer = memoryview(bytearray(min(_READ_BYTES, partial.nbytes or _READ_BYTES)))
 
     def run(self) -> None:
         with self:
@@ -64,7 +65,7 @@ class Follower(threading.Thread):
         return None
 
     def _hash_until(self, end: int) -> None:
-        buffer = memoryview(bytearray(min(_READ_BYTES, end - self._at)))
+        buffer = self._buffer
         while self._at < end:
             got = self._partial.read_into(buffer[: end - self._at], self._at)
             if got == 0:

@@ -22,7 +22,7 @@ from nexus_ext.errors import MissingExtra
 if TYPE_CHECKING:
     import httpx2
 
-__all__ = ["Line", "LineSettings", "http2_state", "needs_httpx2"]
+__all__ = ["BUFFER_BYTES", "Line", "LineSettings", "http2_state", "needs_httpx2"]
 
 _LOGGERS = (
     "httpx2",
@@ -35,6 +35,8 @@ _LOGGERS = (
     "hpack.table",
 )
 _WARNING = logging.WARNING
+
+BUFFER_BYTES = 1 << 20
 
 
 class _OurThreads(threading.local):
@@ -104,6 +106,7 @@ class Line:
         self._clients: dict[str, httpx2.Client] = {}
         self._socket: Any = None
         self._has_connected = False
+        self.buffer = bytearray(BUFFER_BYTES)  # the owner's, for what is arriving
 
     def get(self, url: str, headers: Mapping[str, str]) -> httpx2.Response:
         """Send one GET; returns when the headers are there. Follows nothing, keeps no cookie.

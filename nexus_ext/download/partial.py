@@ -115,19 +115,17 @@ class Partial:
     def is_complete(self) -> bool:
         return self.nbytes is not None and self.landed.covers(0, self.nbytes)
 
-    def write(self, pieces: Sequence[bytes], offset: int) -> None:
-        """Put the pieces side by side from `offset` on.
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Put the bytes where they belong.
 
         Raises:
             WriteError: The disk would not take them.
         """
         with writing(self.target):
-            wanted = sum(map(len, pieces))
-            done = os.pwritev(self._file, pieces, offset)
-            if done < wanted:
-                rest = memoryview(b"".join(pieces))
-                while done < wanted:
-                    done += os.pwrite(self._file, rest[done:], offset + done)
+            rest = memoryview(data)
+            while rest:
+                done = os.pwrite(self._file, rest, offset)
+                rest, offset = rest[done:], offset + done
 
     def record(self, block: Block) -> None:
         """Append to the journal; the bytes were written before."""
@@ -139,7 +137,7 @@ class Partial:
         with writing(self.target):
             return os.preadv(self._file, [buffer], offset)
 
-    def holds(self, data: bytes, offset: int) -> bool:
+    def holds(self, data: memoryview, offset: int) -> bool:
         """Whether these bytes stand there already."""
         with writing(self.target):
             return os.pread(self._file, len(data), offset) == data
@@ -318,8 +316,10 @@ def _open_journal(found: _Found) -> tuple[int, bytes] | None:
     """The journal, open, locked as far as locks go, and its bytes; None if it is not for us."""
     try:
         journal = os.open(found.journal, os.O_RDWR | os.O_APPEND | _FLAGS)
-    except (FileNotFoundError, PermissionError):
-        return None
+    except OSError as error:
+        if _is_not_for_us(error):
+            return None
+        raise
     is_for_us = _is_plain(journal) and (_try_lock(journal) or found.fate != "unknown")
     if not is_for_us:
         os.close(journal)
@@ -337,9 +337,16 @@ def _read_all(descriptor: int) -> bytes:
 def _open_part(partial: Partial) -> bool:
     try:
         partial._file = os.open(partial.path, os.O_RDWR | _FLAGS)
-    except (FileNotFoundError, PermissionError):
-        return False
+    except OSError as error:
+        if _is_not_for_us(error):
+            return False
+        raise
     return _is_plain(partial._file) and os.fstat(partial._file).st_size == partial.nbytes
+
+
+def _is_not_for_us(error: OSError) -> bool:
+    """Gone, another user's, or a link or a device; what else may happen is an error."""
+    return error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO)
 
 
 def _is_plain(descriptor: int) -> bool:

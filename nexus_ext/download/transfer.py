@@ -333,10 +333,17 @@ class Transfer:
         with self.changed:
             self._tasks.remove(task)
             self._return(task)
-            if error is not None and not self.is_over and task.partial is self.partial:
+            if error is not None and not self._is_too_late(error, task):
                 self._received(error, task)
             self._let_go(task.partial)
         self.wind_up()
+
+    def _is_too_late(self, error: BaseException, task: Task) -> bool:
+        """Whether an error concerns nobody: the part is another, or needs no source any more."""
+        if self.is_over or task.partial is not self.partial:
+            return True
+        is_complete = self.partial is not None and self.partial.is_complete
+        return is_complete and isinstance(error, Trouble | DownloadError)
 
     def _return(self, task: Task) -> None:
         """What the task did not bring is missing again."""
