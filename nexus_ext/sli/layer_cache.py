@@ -154,7 +154,7 @@ class LayerCache:
             ConfigError: A name or number that is none.
         """
         key = key_of(model, layer_idx)
-        parts = store(layer)
+        parts = store(layer, key)
         entry = None
         if self.disk is not None:
             entry = self.disk.put(key, parts, about={"model": str(model), "layer": layer_idx})

@@ -9,7 +9,8 @@ from typing import Protocol
 from torch import nn
 
 from nexus_ext.errors import ConfigError, StreamError
-from nexus_ext.sli.prefetch import Prefetcher, check_number
+from nexus_ext.sli.limits import check_number
+from nexus_ext.sli.prefetch import Prefetcher
 
 __all__ = ["ComputeIOOverlap"]
 

@@ -23,11 +23,12 @@ from torch import nn
 
 from nexus_ext.errors import ConfigError, EngineClosed
 from nexus_ext.sli.layer_cache import LayerCache, Loaded, key_of
+from nexus_ext.sli.limits import check_number
 from nexus_ext.sli.prefetch_counts import PrefetchCounts
 from nexus_ext.sli.source import ModelSource, page_memory
 from nexus_ext.sli.sources import fetched_source_of, source_of
 
-__all__ = ["Prefetcher", "check_number"]
+__all__ = ["Prefetcher"]
 
 _MOST_LOOKAHEAD = 64
 # More threads would take turns on one disk.
@@ -279,9 +280,3 @@ def _fly_ahead(prefetcher: weakref.ref[Prefetcher], key: _Key, flight: _Flight) 
     owner = prefetcher()
     if owner is not None and owner._claim(flight):
         owner._fly(key, flight)
-
-
-def check_number(name: str, value: int, least: int, most: int) -> None:
-    """Raises ConfigError where an option is no whole number of this range."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ConfigError(f"{name} is a whole number from {least} to {most}, got {value!r}.")

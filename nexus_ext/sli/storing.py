@@ -110,8 +110,12 @@ def named_tensors(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                     yield (f"{path}.{leaf}" if path else leaf), tensor
 
 
-def store(layer: nn.Module) -> list[torch.Tensor]:
+def store(layer: nn.Module, label: str = "") -> list[torch.Tensor]:
     """The parts of a file, uint8 on the CPU, one behind the other; tensors there are not copied.
+
+    Args:
+        layer: Any module.
+        label: Written into it: layers that are alike are told apart.
 
     Raises:
         StreamError: A tensor without bytes (meta, streamed), of a kind that safetensors does not
@@ -119,7 +123,7 @@ def store(layer: nn.Module) -> list[torch.Tensor]:
     """
     own, _ = _own_and_tied(layer)
     _refuse_extra_state(layer)
-    fields: dict[str, Any] = {"__metadata__": _metadata(About.of(layer))}
+    fields: dict[str, Any] = {"__metadata__": _metadata(About.of(layer), label)}
     parts: list[torch.Tensor] = []
     end = 0
     for name, tensor in own.items():
@@ -216,8 +220,9 @@ def _field(dtype: str, shape: list[int], start: int, nbytes: int | None = None) 
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
 
 
-def _metadata(about: About) -> dict[str, str]:
-    return {"format": "pt", _METADATA: json.dumps({"version": _VERSION, **asdict(about)})}
+def _metadata(about: About, label: str) -> dict[str, str]:
+    said = {"version": _VERSION, **asdict(about)}
+    return {"format": "pt", "label": label, _METADATA: json.dumps(said)}
 
 
 def _header(fields: dict[str, Any]) -> torch.Tensor:

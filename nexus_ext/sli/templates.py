@@ -110,7 +110,9 @@ def _made(template: Template, index: int) -> Skeleton:
 
 
 def _check(template: object) -> None:
-    if not isinstance(template, nn.Module) and not callable(template):
+    is_function = callable(template) and not isinstance(template, type)
+    if not isinstance(template, nn.Module) and not is_function:
         raise ConfigError(
-            f"a template is a module or a function from a layer's number to one, got {template!r}."
+            f"a template is a module or a function from a layer's number to one, got {template!r}. "
+            "Write template=Block(config), or template=lambda number: Block(config)."
         )

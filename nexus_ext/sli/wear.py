@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nexus_ext.errors import ConfigError, WriteError
-from nexus_ext.sli.prefetch import check_number
+from nexus_ext.sli.limits import check_number
 
 __all__ = ["SSDWearLeveling"]
 
@@ -106,7 +106,7 @@ def _load(path: Path) -> tuple[int, dict[str, list[int]]]:
     try:
         said = json.loads(path.read_bytes())
         return int(said["total"]), dict(said["files"])
-    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return 0, {}
 
 
