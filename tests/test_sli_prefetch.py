@@ -25,7 +25,7 @@ from nexus_ext.errors import (
     ReadError,
     StreamError,
 )
-from nexus_ext.sli import ComputeIOOverlap, IOOptimizer, LayerCache
+from nexus_ext.sli import ComputeIOOverlap, IOOptimizer, LayerCache, download_from_hub
 from nexus_ext.sli.prefetch import Prefetcher
 from nexus_ext.sli.prefetch_counts import PrefetchCounts, verdicts
 from nexus_ext.sli.source import ModelSource
@@ -540,3 +540,59 @@ def test_packed_checkpoints_come_packed(cache: LayerCache, llama: Path, tmp_path
             assert torch.equal(layer(seen[index]), seen[index + 1])
     full = Checkpoint.open(llama).nbytes
     assert cache.ram.stats().nbytes < 0.5 * full
+
+
+# -- modes and origins -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_memory", [0, 1.0])
+def test_a_layer_outlives_inference_mode(tmp_path: Path, llama: Path, in_memory: float) -> None:
+    with LayerCache(tmp_path, 1.0, in_memory) as cache, IOOptimizer(cache) as optimizer:
+        with torch.inference_mode():
+            layers = [
+                optimizer.get_layer_with_prefetch(llama, 0),
+                download_from_hub(llama, 0),
+            ]
+            cache.cache_layer("m", 0, layers[1])
+            layers.append(cache.get_layer("m", 0))  # type: ignore[arg-type]
+            hidden = torch.randn(1, 3, 64)
+            results = [layer(hidden) for layer in layers]
+        for layer, result in zip(layers, results, strict=True):
+            x = hidden.clone().requires_grad_()
+            out = layer(x)
+            out.sum().backward()
+            assert torch.equal(out, result)
+            assert x.grad is not None
+
+
+def test_a_cached_layer_finds_its_model_again_unless_it_is_another(
+    tmp_path: Path, folder: Path
+) -> None:
+    path = folder / "renewed"
+    make_llama(path, num_blocks=2, hidden=64, intermediate=96, vocabulary=64)
+    x = torch.randn(1, 3, 64)
+    with LayerCache(tmp_path) as cache:
+        layer = download_from_hub(path, 1)
+        expected = layer(x)
+        cache.cache_layer("m", 1, layer)
+    with LayerCache(tmp_path) as cache:
+        again = cache.get_layer("m", 1)
+        assert again is not None
+        assert torch.equal(again(x), expected)
+    config = path / "config.json"
+    (path / "other").write_text(
+        config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1')
+    )
+    (path / "other").rename(config)
+    with LayerCache(tmp_path) as cache, pytest.raises(StreamError, match="template"):
+        cache.get_layer("m", 1)
+
+
+def test_a_pickled_layer_still_gets_what_its_model_would_give(llama: Path, tmp_path: Path) -> None:
+    layer = download_from_hub(llama, 2)
+    torch.save(layer, tmp_path / "layer.pt")
+    x = torch.randn(1, 5, 64)
+    loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
+    assert torch.equal(loaded(x), layer(x))
+    with pytest.raises(TypeError):  # its own call, with something missing, stays its own
+        loaded(x, position_ids=torch.arange(5)[None])

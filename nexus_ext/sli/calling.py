@@ -76,7 +76,8 @@ class CallContext:
         """Keyword arguments of block `index`, for hidden states [batch, positions, width] that
         begin at position 0.
         """
-        key = (tuple(hidden.shape), hidden.dtype, hidden.device)
+        mode = torch.is_inference_mode_enabled()
+        key = (tuple(hidden.shape), hidden.dtype, hidden.device, mode)
         with self._lock:
             if key not in self._known:
                 self._known[key] = self._ask(hidden)

@@ -59,10 +59,12 @@ class Loaded:
         self.digest = digest
         self._build = build
 
+    @torch.inference_mode(False)  # a layer outlives the mode that is on now
     def build(self) -> nn.Module:
         """A layer over the payload."""
         return self._build(self.payload)
 
+    @torch.inference_mode(False)
     def copied(self, ram: RamTier) -> Loaded:
         """The same for somebody else: what one writes does not reach the other."""
         payload = ram.load(self.digest)
@@ -137,6 +139,7 @@ class LayerCache:
 
     # -- layers ------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     def cache_layer(self, model: str | Path, layer_idx: int, layer: nn.Module) -> None:
         """Keep a layer; the one kept under this number before goes.
 
@@ -195,6 +198,7 @@ class LayerCache:
         self._counters.note(tier, time.perf_counter() - began)
         return layer
 
+    @torch.inference_mode(False)
     def load(
         self, model: str | Path, layer_idx: int, template: Template | None = None
     ) -> Loaded | None:

@@ -240,6 +240,7 @@ class Prefetcher:
 
     # -- loading -----------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # a layer outlives the mode that is on now
     def _load(self, model: str, index: int) -> Loaded:
         cached = self.cache.load(model, index)
         if cached is not None:

@@ -50,6 +50,7 @@ class ModelSource:
 
     Attributes:
         path: The folder or file.
+        config_digest: Of what the model's code is made from.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,6 +66,7 @@ class ModelSource:
         rename = renaming(self._model, self._checkpoint)
         layout = lay_out(self._model, self._checkpoint, None, rename, strict=False)
         self._blocks = find_blocks(self._model, None)
+        self.config_digest = _config_digest(path, self._checkpoint)
         self._context: CallContext | None = None
         if CallContext.is_needed(self._model, self._blocks[0][1]):
             self._context = CallContext(self._model)
@@ -129,6 +131,7 @@ class ModelSource:
         where = f"layer {index} of {self.path}"
         return self.called_alone(index, layer.skeleton.build(_stored(layer, payload), where))
 
+    @torch.inference_mode(False)  # a layer outlives the mode that is on now
     def load(self, index: int) -> nn.Module:
         """`read` into memory of its own, and `build`."""
         payload = page_memory(self.nbytes(index), self.phase(index))
@@ -137,7 +140,7 @@ class ModelSource:
 
     def called_alone(self, index: int, layer: nn.Module) -> nn.Module:
         """The layer, completed by what its model gives to this block, and by where it is from."""
-        layer.__dict__[ORIGIN] = (str(self.path.resolve()), index)
+        layer.__dict__[ORIGIN] = (str(self.path.resolve()), index, self.config_digest)
         if self._context is not None and index < self.num_layers:
             hook = self._context.hook(index)
             layer.register_forward_pre_hook(hook, with_kwargs=True)
@@ -150,6 +153,12 @@ class ModelSource:
                 f"{index}."
             )
         return self._layers[index]
+
+
+def _config_digest(path: Path, checkpoint: Checkpoint) -> str:
+    if path.suffix == ".gguf":
+        return checkpoint.fingerprint
+    return hashlib.sha256((path / "config.json").read_bytes()).hexdigest()
 
 
 def page_memory(nbytes: int, phase: int = 0) -> torch.Tensor:

@@ -35,10 +35,25 @@ def _has_config(path: Path) -> bool:
     return path.suffix == ".gguf" or (path / "config.json").is_file()
 
 
+def _state_of(path: Path) -> str:
+    """Of weights and config, from names and times alone."""
+    if path.suffix == ".gguf":
+        return repr(_stamp(path))
+    return f"{Checkpoint.open(path).fingerprint} {_stamp(path / 'config.json')}"
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """None where there is no such file; who needs it says so."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _opened(path: Path) -> ModelSource:
     """Opened again where its files have changed."""
-    real = path.resolve()
-    key = real, Checkpoint.open(real).fingerprint if real.suffix != ".gguf" else ""
+    key = path.resolve(), _state_of(path)
     with _lock:
         source = _sources.pop(key, None) or ModelSource(path)
         _sources[key] = source

@@ -57,8 +57,8 @@ class About:
         training: Modules in training mode; "" is the layer itself.
         packed: Packing of each `PackedLinear`, by its name.
         part_names: Of the parts of each `PackedLinear`.
-        origin: Folder or file of the model it came from, and its number there; None where it came
-            from elsewhere. Its structure is found there again.
+        origin: Folder or file of the model it came from, its number there, and the digest of the
+            model's config; None where it came from elsewhere. Its structure is found there again.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class About:
     training: list[str]
     packed: dict[str, dict[str, Any]]
     part_names: dict[str, list[str]]
-    origin: tuple[str, int] | None = None
+    origin: tuple[str, int, str] | None = None
 
     @classmethod
     def of(cls, layer: nn.Module) -> About:
@@ -260,8 +260,8 @@ def _read_about(header: bytes, where: str) -> About:
         for name in about.packed:
             about.packing(name)
         if about.origin is not None:
-            path, index = about.origin
-            about = replace(about, origin=(str(path), int(index)))
+            path, index, digest = about.origin
+            about = replace(about, origin=(str(path), int(index), str(digest)))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointFormatError(
             f"A cached layer says what module it is; {where} does not ({error}). It was written by "

@@ -84,8 +84,10 @@ def _from_config(
 ) -> tuple[Skeleton, nn.Module]:
     source = source_of(model)
     if source is None and stored.about.origin is not None:
-        origin, index = stored.about.origin
+        origin, index, digest = stored.about.origin
         source = source_of(origin)
+        if source is not None and source.config_digest != digest:
+            source = None  # another model stands there now
     if source is None or index >= source.num_layers:
         raise StreamError(
             f"A cached layer is tensors, and its code comes from a template; there is none for "
