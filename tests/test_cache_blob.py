@@ -182,6 +182,12 @@ def test_any_text_is_a_key(tmp_path: Path, opened: Callable[[Path], int], key: s
     assert read_header(opened(path), "blob").key == key
 
 
+@pytest.mark.parametrize("names", [(5, "layer"), ("key", None)])
+def test_key_and_kind_are_texts(names: Any) -> None:
+    with pytest.raises(ConfigError, match="texts"):
+        Header.of(*names, {}, 0, [])
+
+
 # -- writing ---------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,8 @@
 namespace nexus {
 namespace {
 
+// Below this every reader's own depth is more than is needed.
+constexpr int64_t kFewReads = 8;
 constexpr int64_t kHugePageBytes = 2 << 20;
 
 // A wish. On a virtual disk reads into small pages had half the rate: a request holds so many pages
@@ -197,8 +199,12 @@ BlockVerdict read_blocks(const std::string& path, const Stamp& stamp, const Bloc
   files.push_back(std::make_unique<File>(path, stamp));
   Rung rung = prepare_files(files, mode);
   want_huge_pages(out, table.nbytes);
+  ReadMode sized = mode;
+  // No more threads than reads: each block is one, and a head and a tail may be more.
+  const auto num_reads = static_cast<int64_t>(table.digests.size()) + 2;
+  if (mode.depth == 0 && num_reads < kFewReads) sized.depth = static_cast<int>(num_reads);
   // The memory is used once: registering it would cost what it saves.
-  make_reader(rung, mode, {});
+  make_reader(rung, sized, {});
   const bool is_ring = rung.reader->name().starts_with("io_uring");
   FaultCounts counts;
   if (faults != nullptr) {
