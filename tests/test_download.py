@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -446,7 +447,7 @@ def test_what_is_wanted_comes_next_and_in_order(tmp_path: Path) -> None:
 
 def test_bytes_can_be_read_as_soon_as_they_were_waited_for(tmp_path: Path) -> None:
     with Server(DATA) as server, downloader(max_connections=2) as loader:
-        rest = gated(server, first=2)
+        rest = gated(server, first=1)
         arriving = loader.start(Download(server.url, tmp_path / "file"))
         part = arriving.part_path
         arriving.wait(0, 1000)
@@ -521,6 +522,32 @@ def test_a_download_that_is_given_up_ends_at_once_and_can_go_on(
         with downloader(**ONE) as loader:
             assert loader.fetch(download).bytes_reused >= 3 * BLOCK
     assert left_in(tmp_path) == ["file"]
+
+
+def test_a_worker_that_is_about_to_connect_is_cut_too(tmp_path: Path) -> None:
+    connecting, go_on = threading.Event(), threading.Event()
+    connect = socket.create_connection
+
+    def slowly(*arguments: Any, **options: Any) -> socket.socket:
+        connecting.set()
+        assert go_on.wait(PATIENCE_SECONDS)
+        return connect(*arguments, **options)
+
+    with (
+        Server(DATA) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        server.gate = threading.Event()  # no answer comes
+        patch.setattr(socket, "create_connection", slowly)
+        # Nobody would wait so long: without the cut this ends by the test's own limit.
+        with downloader(timeout_seconds=10_000) as loader:
+            arriving = loader.start(Download(server.url, tmp_path / "file"))
+            assert connecting.wait(PATIENCE_SECONDS)
+            arriving.cancel()
+            go_on.set()
+            with pytest.raises(errors.DownloadCancelled):
+                arriving.result()
+    assert left_in(tmp_path) == []
 
 
 def test_a_closed_downloader_says_so(tmp_path: Path) -> None:

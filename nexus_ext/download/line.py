@@ -106,6 +106,7 @@ class Line:
         self._clients: dict[str, httpx2.Client] = {}
         self._socket: Any = None
         self._has_connected = False
+        self._is_cut = False
         self.buffer = bytearray(BUFFER_BYTES)  # the owner's, for what is arriving
 
     def get(self, url: str, headers: Mapping[str, str]) -> httpx2.Response:
@@ -125,8 +126,19 @@ class Line:
         self._on_request(response.http_version, self._has_connected)
         return response
 
+    def renew(self) -> None:
+        """Another task begins; what was cut before is forgotten."""
+        self._is_cut = False
+
     def abort(self) -> None:
-        """Cut what is under way: a read of the owner ends at once. From any thread."""
+        """Cut what is under way, and what is only about to connect, until `renew`. From any thread.
+
+        A read of the owner ends at once.
+        """
+        self._is_cut = True  # first: who connects meanwhile looks here when it has a socket
+        self._shut_down()
+
+    def _shut_down(self) -> None:
         connected = self._socket
         if connected is not None:
             # Not SSLSocket.shutdown, which would go on to read in the clear. If it is closed
@@ -158,3 +170,5 @@ class Line:
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
             self._has_connected = True
             self._socket = info["return_value"].get_extra_info("socket")
+            if self._is_cut:
+                self._shut_down()

@@ -172,6 +172,7 @@ class Transfer:
     def _task(
         self, kind: Literal["open", "block", "whole"], span: tuple[int, int], line: Line
     ) -> Task:
+        line.renew()
         task = Task(self, kind, self.partial, span, self._incidents, line)
         self._tasks.append(task)
         if self.partial is not None:
