@@ -78,9 +78,11 @@ setup(
     packages=[
         "nexus_ext",
         "nexus_ext.cache",
+        "nexus_ext.download",
         "nexus_ext.experts",
         "nexus_ext.kernels",
         "nexus_ext.quant",
+        "nexus_ext.sli",
     ],
     package_dir={"nexus_ext": "nexus_ext", "nexus_ext.kernels": "kernels/triton"},
     package_data={"nexus_ext": ["py.typed", "*.pyi"]},

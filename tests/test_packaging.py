@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
@@ -143,3 +144,14 @@ def test_the_command_is_installed() -> None:
 def test_types_come_along() -> None:
     assert (PACKAGE / "py.typed").exists()
     assert (PACKAGE / "_native.pyi").exists()
+
+
+def test_every_package_is_installed() -> None:
+    setup = PACKAGE.parent / "setup.py"
+    if not setup.exists():
+        pytest.skip("nexus_ext is installed; setup.py is not here to be read")
+    calls = [node for node in ast.walk(ast.parse(setup.read_text())) if isinstance(node, ast.Call)]
+    named = next(call for call in calls if ast.unparse(call.func) == "setup")
+    listed = next(ast.literal_eval(k.value) for k in named.keywords if k.arg == "packages")
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert set(listed) == {"nexus_ext", "nexus_ext.kernels", *(f"nexus_ext.{f}" for f in folders)}

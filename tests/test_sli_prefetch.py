@@ -596,3 +596,19 @@ def test_a_pickled_layer_still_gets_what_its_model_would_give(llama: Path, tmp_p
     assert torch.equal(loaded(x), layer(x))
     with pytest.raises(TypeError):  # its own call, with something missing, stays its own
         loaded(x, position_ids=torch.arange(5)[None])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_gguf_file_comes_layer_by_layer(cache: LayerCache, tmp_path: Path) -> None:
+    from tests.test_quant_gguf import IDS, tiny, write
+
+    path = tmp_path / "model.gguf"
+    write(path, tiny("llama"), "llama", "q8_0")
+    streamed: Any = nexus.from_pretrained(path, budget="1GiB")
+    with torch.no_grad():
+        seen = hidden_by_layer(streamed, IDS)
+    nexus.close(streamed)
+    with IOOptimizer(cache) as optimizer, torch.no_grad():
+        for index in range(len(seen) - 1):
+            layer = optimizer.get_layer_with_prefetch(path, index)
+            assert torch.equal(layer(seen[index]), seen[index + 1])
