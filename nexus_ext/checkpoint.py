@@ -46,7 +46,18 @@ from nexus_ext.header import (
     tensor_fields,
 )
 
-__all__ = ["ALIGNMENT", "Checkpoint", "Entry", "Extent", "File", "Group", "Member", "Stamp"]
+__all__ = [
+    "ALIGNMENT",
+    "DTYPE_NAMES",
+    "Checkpoint",
+    "Entry",
+    "Extent",
+    "File",
+    "Group",
+    "Member",
+    "Stamp",
+    "parse_header",
+]
 
 # Bytes. Every member starts on such a boundary inside its group: BLAS may differ in the last bit
 # for weights that are less aligned (torch 2.13, f32 GEMV at byte offsets 4 and 8).
@@ -76,6 +87,8 @@ _DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+# What safetensors calls a dtype.
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 _KINDS = {"d": "a directory", "p": "a FIFO", "c": "a character device", "b": "a block device"}
 _WANTED = (

@@ -21,12 +21,12 @@ from pathlib import Path
 
 from nexus_ext.config import home_folder
 from nexus_ext.download import Downloader
-from nexus_ext.errors import ConfigError, SourceUnavailable
+from nexus_ext.errors import ConfigError, MissingExtra, SourceUnavailable
 from nexus_ext.files import write_whole
 from nexus_ext.hub_repo import cached_snapshot, fetch_repo, is_offline, list_repo
 from nexus_ext.url_model import fetch_url
 
-__all__ = ["FetchReport", "fetch", "locate"]
+__all__ = ["FetchReport", "fetch", "find_local", "locate"]
 
 _log = logging.getLogger("nexus_ext")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -60,7 +60,21 @@ class FetchReport:
     seconds: float
 
 
-def locate(name: str | Path, *, progress: Progress | None = None) -> Path:
+def find_local(name: str | Path) -> Path | None:
+    """Where a model lies on this machine; None where it would have to be fetched. Asks nobody."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    remembered = _remembered(str(name), None)
+    if remembered is not None or _URL.match(str(name)) or _is_no_id(name):
+        return remembered
+    try:
+        return cached_snapshot(str(name), None)
+    except (ConfigError, MissingExtra):
+        return None
+
+
+def locate(name: str | Path, *, max_connections: int = 8, progress: Progress | None = None) -> Path:
     """The local folder (or file) of a model; what is not here is fetched.
 
     A model that was fetched before is used as it is, and nobody is asked for a newer one: `fetch`
@@ -73,7 +87,9 @@ def locate(name: str | Path, *, progress: Progress | None = None) -> Path:
     if path.exists():
         return path
     remembered = _remembered(str(name), None)
-    return fetch(name, progress=progress).path if remembered is None else remembered
+    if remembered is not None:
+        return remembered
+    return fetch(name, max_connections=max_connections, progress=progress).path
 
 
 def fetch(
@@ -109,13 +125,17 @@ def fetch(
         return _report(Path(name).expanduser(), "", began)
     if _URL.match(str(name)):
         return _fetch_url(str(name), verify, max_connections, progress, began)
-    if len(Path(name).parts) > 2 or str(name).startswith((".", "/", "~")):
+    if _is_no_id(name):
         raise ConfigError(
             f"A model is a folder, a URL or a hub id like 'org/name'; {name} does not exist."
         )
     if is_offline():
         return _report(cached_snapshot(str(name), revision), revision or "", began)
     return _fetch_repo(str(name), revision, verify, max_connections, progress, began)
+
+
+def _is_no_id(name: str | Path) -> bool:
+    return len(Path(name).parts) > 2 or str(name).startswith((".", "/", "~"))
 
 
 def _fetch_url(

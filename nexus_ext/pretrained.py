@@ -34,7 +34,14 @@ from nexus_ext.quant.formats import PackedWeights
 from nexus_ext.quant.gguf_file import GGUFCheckpoint, open_checkpoint
 from nexus_ext.streamer import Progress, plan_groups
 
-__all__ = ["build_empty", "convert", "from_pretrained", "plan_pretrained"]
+__all__ = [
+    "build_empty",
+    "convert",
+    "empty_model",
+    "from_pretrained",
+    "plan_pretrained",
+    "renaming",
+]
 
 _log = logging.getLogger("nexus_ext")
 
@@ -79,7 +86,7 @@ def from_pretrained(
         path = _converted(path, config_of(weights), model_class, groups, progress)
     checkpoint = open_checkpoint(path)
     model = build_empty(path, checkpoint, model_class)
-    rename = _renaming(model, checkpoint)
+    rename = renaming(model, checkpoint)
     _report_unused(model, checkpoint, rename)
     return stream(
         model,
@@ -108,7 +115,7 @@ def plan_pretrained(
     path = locate(name)
     checkpoint = open_checkpoint(path)
     model = build_empty(path, checkpoint, model_class)
-    rename = _renaming(model, checkpoint)
+    rename = renaming(model, checkpoint)
     experts = find_experts(model, checkpoint, rename)
     layout = lay_out(
         model, checkpoint, groups, rename, strict=False, by_rows=by_rows, experts=experts
@@ -161,7 +168,7 @@ def convert(
     path = locate(name)
     checkpoint = open_checkpoint(path)
     model = build_empty(path, checkpoint, model_class)
-    rename = _renaming(model, checkpoint)
+    rename = renaming(model, checkpoint)
     experts = find_experts(model, checkpoint, rename)
     layout = lay_out(model, checkpoint, groups, rename, strict=False, experts=experts)
     moved = [[member.name for member in group.members] for group in layout.groups]
@@ -209,20 +216,26 @@ def build_empty(
     except (OSError, ValueError) as error:
         raise ConfigError(f"A model folder needs a config.json; {path}: {error}") from error
     kind = _class_of(transformers, config, model_class)
-    before = torch.get_default_dtype()
     dtype = _dtype_of(config, checkpoint)
-    torch.set_default_dtype(dtype)
-    try:
-        with _parameters_on_meta():
-            model: nn.Module = kind(config)
-    finally:
-        torch.set_default_dtype(before)
+    model = empty_model(kind, config, dtype)
     if dtype in (torch.float16, torch.bfloat16):
         _keep_in_float32(model, dtype, checkpoint)
     model.tie_weights()  # type: ignore[operator]
     if (path / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model.eval()
+
+
+def empty_model(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """A model of a class of transformers, parameters on meta, buffers computed."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with _parameters_on_meta():
+            model: nn.Module = kind(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model
 
 
 def _config_of(transformers: Any, path: Path) -> Any:
@@ -280,7 +293,7 @@ def _keep_in_float32(model: nn.Module, dtype: torch.dtype, checkpoint: Checkpoin
     if not patterns:
         return
     kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns))
-    rename = _renaming(model, checkpoint)
+    rename = renaming(model, checkpoint)
     for path, module in model.named_modules():
         for owned in (module._parameters, module._buffers):
             for leaf, tensor in owned.items():
@@ -309,7 +322,7 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _renaming(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
+def renaming(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
     """Names differ by the base model's prefix when model and checkpoint differ in their head, and
     by what transformers renames; those of GGUF are others altogether.
     """
