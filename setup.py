@@ -75,7 +75,13 @@ native = CppExtension(
 )
 
 setup(
-    packages=["nexus_ext", "nexus_ext.cache", "nexus_ext.kernels", "nexus_ext.quant"],
+    packages=[
+        "nexus_ext",
+        "nexus_ext.cache",
+        "nexus_ext.experts",
+        "nexus_ext.kernels",
+        "nexus_ext.quant",
+    ],
     package_dir={"nexus_ext": "nexus_ext", "nexus_ext.kernels": "kernels/triton"},
     package_data={"nexus_ext": ["py.typed", "*.pyi"]},
     ext_modules=[native],

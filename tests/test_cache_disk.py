@@ -671,14 +671,19 @@ def open_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("has_index", [True, False])
 @pytest.mark.parametrize("damage", [False, True])
-def test_a_read_only_folder_is_a_read_only_cache(open_folder: Path, damage: bool) -> None:
+def test_a_read_only_folder_is_a_read_only_cache(
+    open_folder: Path, damage: bool, has_index: bool
+) -> None:
     folder = open_folder / "cache"
     with DiskTier(folder, "1GiB") as one:
         one.put("a", [page(3)])
         entry = one.put("bad", [page(4)])
     if damage:
         flip(entry.path, PAGE)
+    if not has_index:
+        next(folder.glob("index-*")).unlink()
     as_read_only(folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     command = [sys.executable, "-c", READ_ONLY, str(folder)]

@@ -19,6 +19,7 @@ import os
 import stat
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -199,7 +200,7 @@ def write_blob(
         WriteError: The disk would not take it; its cause has the errno.
     """
     try:
-        path.parent.mkdir(exist_ok=True, mode=mode | (mode & 0o444) >> 2)
+        _make_folder(path.parent, mode | (mode & 0o444) >> 2)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(temporary, flags, mode)
         try:
@@ -231,6 +232,12 @@ def _write_all(descriptor: int, views: list[memoryview]) -> None:
             count -= waiting.pop(0).nbytes
         if count:
             waiting[0] = waiting[0][count:]
+
+
+def _make_folder(folder: Path, mode: int) -> None:
+    with suppress(FileExistsError):
+        folder.mkdir(mode=mode)
+        _flush_folder(folder.parent)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -317,6 +324,8 @@ def _corrupt(name: str, what: str) -> CorruptCheckpoint:
 
 
 def _json_of(key: str, kind: str, about: Mapping[str, Any], created_ns: int) -> bytes:
+    if not isinstance(key, str) or not isinstance(kind, str):
+        raise ConfigError(f"key and kind of an entry are texts, got {key!r} and {kind!r}.")
     said = {"key": key, "kind": kind, "about": dict(about), "created_ns": created_ns}
     try:
         text = json.dumps(said, allow_nan=False, separators=(",", ":")).encode()

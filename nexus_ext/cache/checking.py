@@ -52,7 +52,7 @@ def _verify(zone: Zone, report: Callable[[Exception], object]) -> VerifyReport:
         nbytes += header.nbytes
         if zone.is_writable and not zone.index.has(digest):
             num_adopted += zone.take_in(header)
-    missing = [row for row in zone.index.rows() if not zone.folder.blob(row.digest).exists()]
+    missing = [row for row in zone.index.rows() if not zone.folder.has(row.digest)]
     for row in missing:
         zone.forget_missing(row.digest)
     return VerifyReport(num_blobs, nbytes, tuple(bad), num_adopted, len(missing))

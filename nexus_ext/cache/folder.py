@@ -14,13 +14,14 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from nexus_ext.cache.index_file import unfinished_owner
 from nexus_ext.cache.owners import OWNER, Owner
 from nexus_ext.errors import ConfigError
 
-__all__ = ["Folder"]
+__all__ = ["Folder", "remove_if_possible"]
 
 _TEMPORARY = re.compile(
     rf"(?:[0-9a-f]{{2}}/)?\.(?P<owner>{OWNER.pattern})\.[0-9a-z]{{1,20}}\.tmp", re.ASCII
@@ -74,6 +75,16 @@ class Folder:
         name = digest.hex()
         return self.blobs / name[:2] / f"{name}.nx"
 
+    def has(self, digest: bytes) -> bool:
+        """Whether there is a blob of a SHA-256; also where it cannot be reached."""
+        try:
+            self.blob(digest).stat()
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # who opens it learns why
+        return True
+
     def new_temporary(self, digest: bytes) -> str:
         """A name below `blobs` that no process ever had, beside where the blob will be."""
         return f"{digest.hex()[:2]}/.{Owner.current()}.{next(_numbers)}.tmp"
@@ -108,14 +119,14 @@ class Folder:
         for entry in _entries(self.path):
             owner = unfinished_owner(entry.name)
             if owner is not None and _is_dead(owner, Path(entry.path)):
-                Path(entry.path).unlink(missing_ok=True)
+                remove_if_possible(Path(entry.path))
         names = [entry.name for entry in _entries(self.blobs)]
         if everywhere:
             inner = [name for name in names if len(name) == 2]
             names += [f"{one}/{e.name}" for one in inner for e in _entries(self.blobs / one)]
         for name in names:
             if self.is_abandoned(name):
-                (self.blobs / name).unlink(missing_ok=True)
+                remove_if_possible(self.blobs / name)
 
     def free_bytes(self) -> int:
         """Of the file system, for this user."""
@@ -137,6 +148,12 @@ class Folder:
         return ""
 
 
+def remove_if_possible(path: Path) -> None:
+    """What cannot be removed now, say because it is another user's, waits for the next opening."""
+    with suppress(OSError):
+        path.unlink()
+
+
 def _is_dead(owner: Owner, path: Path, began_seconds: float = 0) -> bool:
     try:
         return owner.is_dead(max(path.stat().st_mtime, began_seconds))
@@ -148,7 +165,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as found:
             return list(found)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
 
 

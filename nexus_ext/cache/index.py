@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from nexus_ext.cache.index_file import Connection, IndexFile, is_broken, memory_index
+from nexus_ext.cache.index_file import (
+    Connection,
+    IndexFile,
+    frozen_rows,
+    is_broken,
+    memory_index,
+)
 from nexus_ext.errors import ReadError, WriteError
 
 __all__ = ["Index", "Row"]
@@ -94,7 +100,7 @@ class Index:
             folder: Where it is kept.
             mode: Permissions of its file.
             scan: The blobs that are there; called when there is no index that can be believed.
-            in_memory: Keep it nowhere.
+            in_memory: Keep it nowhere; of one that is there a copy is made.
 
         Raises:
             WriteError: It cannot be kept there.
@@ -106,6 +112,9 @@ class Index:
         self._file: IndexFile | None = None
         self.num_rebuilds = 0
         if in_memory:
+            kept = frozen_rows(folder, f"{_ROW} ORDER BY used")
+            rows = None if kept is None else [row for row in map(Row.parse, kept) if row]
+            self._scan = scan if rows is None else lambda: rows
             self._connection = memory_index(self._fill)
         else:
             self._open()

@@ -12,6 +12,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TypeAlias
 
@@ -79,6 +80,22 @@ def memory_index(fill: Fill) -> Connection:
     return connection
 
 
+def frozen_rows(folder: Path, query: str) -> list[tuple[object, ...]] | None:
+    """What the newest index says, of a folder that cannot be written to. None if there is none, if
+    it is no good, or if some of it is in a log, which nobody may replay there.
+    """
+    try:
+        path = newest_index(folder)
+        log = None if path is None else path.with_name(f"{path.name}-wal")
+        if path is None or log is None or (log.exists() and log.stat().st_size > 0):
+            return None
+        with closing(_connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1{_VFS}")) as found:
+            _judge(found)
+            return found.execute(query).fetchall()
+    except (OSError, sqlite3.Error):
+        return None
+
+
 class IndexFile:
     """The newest index of a folder, open.
 
@@ -104,7 +121,7 @@ class IndexFile:
         self.was_rebuilt = False
         # Whoever is quicker has made it; a second round is for one that is broken, too.
         for _ in range(8):
-            path = self._newest()
+            path = newest_index(self._folder)
             if path is not None and self._open(path):
                 return
             self.was_rebuilt |= self._make(fill)
@@ -121,10 +138,6 @@ class IndexFile:
         """It is broken: whoever opens next makes another one."""
         _put_aside(self.path)
 
-    def _newest(self) -> Path | None:
-        found = [number for kind, number, rest in _files(self._folder) if (kind, rest) == _WHOLE]
-        return self._folder / f"index-{max(found):06}.sqlite" if found else None
-
     def _open(self, path: Path) -> bool:
         """False, and out of the way, if it is no index of this version or a broken one."""
         connection = None
@@ -132,6 +145,8 @@ class IndexFile:
             self._inode = os.stat(path).st_ino
             _judge_head(path)
             connection = _connect(f"{path.absolute().as_uri()}?mode=rw{_VFS}")
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
             _judge(connection)
         except FileNotFoundError:
             return False
@@ -177,6 +192,12 @@ def unfinished_owner(name: str) -> Owner | None:
     """Who was making a new index under this name; None for any other file."""
     match = _UNFINISHED.fullmatch(name)
     return None if match is None else Owner.parse(match[1])
+
+
+def newest_index(folder: Path) -> Path | None:
+    """The index that counts."""
+    found = [number for kind, number, rest in _files(folder) if (kind, rest) == _WHOLE]
+    return folder / f"index-{max(found):06}.sqlite" if found else None
 
 
 def _files(folder: Path) -> list[tuple[str, int, str]]:
@@ -226,8 +247,6 @@ def _judge(connection: Connection) -> None:
     kept = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
     if version != (_VERSION,) or sorted(kept) != sorted((sql.encode(),) for sql in SCHEMA):
         raise sqlite3.DatabaseError("another schema")
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
     found = connection.execute("PRAGMA quick_check(1)").fetchone()
     if found != (b"ok",):
         raise sqlite3.DatabaseError(f"quick_check says {found!r}")

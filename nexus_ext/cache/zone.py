@@ -17,7 +17,7 @@ import torch
 
 from nexus_ext.cache import holds
 from nexus_ext.cache.blob import Header, open_blob, read_header, write_blob
-from nexus_ext.cache.folder import Folder
+from nexus_ext.cache.folder import Folder, remove_if_possible
 from nexus_ext.cache.index import Index, Row
 from nexus_ext.cache.reading import BlockMode, ReadReport, check_blocks, read_payload
 from nexus_ext.cache.report import Entry, ZoneStats
@@ -67,7 +67,7 @@ class Zone:
         row = self.index.find(key)
         if row is None or row.digest in self._bad:
             return None
-        if not self.folder.blob(row.digest).exists():
+        if not self.folder.has(row.digest):
             self.forget_missing(row.digest)
             return None
         return row
@@ -92,8 +92,7 @@ class Zone:
         """Somebody else evicted it. Its file, should it be there again, stays: it is whole."""
         if self.is_writable:
             with suppress(WriteError):  # the row is a miss as it is, and is found again
-                path = self.folder.blob(digest)
-                self.index.remove(digest, lambda _: None, lambda: not path.exists())
+                self.index.remove(digest, lambda _: None, lambda: not self.folder.has(digest))
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -219,9 +218,11 @@ class Zone:
             raise
 
     def _add(self, row: Row, temporary: str | None = None, written: int = 0) -> bool:
-        path = self.folder.blob(row.digest)
+        def is_there() -> bool:
+            return self.folder.has(row.digest)
+
         with holds.lock:
-            return self.index.add(row, path.exists, self._unlink, temporary, written)
+            return self.index.add(row, is_there, self._unlink, temporary, written)
 
     def evict(self, digest: bytes) -> bool:
         """Remove a blob and all its names. False while it is held in this process.
@@ -337,7 +338,7 @@ class Zone:
             if not self.folder.is_temporary(name):
                 self.index.clean(temporary, b"", self._unlink)  # a damaged note names nothing
             elif self.folder.is_abandoned(name, began):
-                (self.folder.blobs / name).unlink(missing_ok=True)
+                remove_if_possible(self.folder.blobs / name)
                 self.index.clean(temporary, digest, self._unlink)
 
 
