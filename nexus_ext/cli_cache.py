@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nexus_ext.config import cache_folder
@@ -45,8 +46,8 @@ def ls(folder: Folder = None, shared: Shared = False, json_file: JsonFile = None
         table.add_column(name)
     for entry in reversed(entries):
         table.add_row(
-            entry.key,
-            entry.kind,
+            escape(entry.key),
+            escape(entry.kind),
             format_bytes(entry.nbytes),
             _age(now - entry.created_seconds),
             _age(now - entry.used_seconds),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -230,24 +232,11 @@ def test_what_is_damaged_is_not_handed_down(store: Callable[..., TieredStore]) -
         one.read(entry)
 
 
-def child_that_dies_in_a_move(folder: Path, method: str, act: Callable[[TieredStore], None]) -> int:
+def die_in_a_move(folder: Path, what: str) -> int:
     """Exit code of a process that ends where the copy is there and the original is not gone yet."""
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            with TieredStore(tiers_of(folder)) as one:
-                dying = {
-                    "evict": lambda *_: os._exit(CRASHED),
-                    "_settle": lambda *_, **__: os._exit(CRASHED),
-                }[method]
-                target: Any = one if method == "_settle" else one._levels[0]._zones[0]
-                setattr(target, method, dying)
-                act(one)
-                code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    program = Path(__file__).with_name("tier_children.py")
+    command = [sys.executable, str(program), what, str(folder)]
+    return subprocess.run(command, env=os.environ | {"PYTHONSAFEPATH": "1"}, check=False).returncode
 
 
 def tiers_of(folder: Path) -> list[Tier]:
@@ -264,11 +253,7 @@ def num_blobs(folder: Path) -> int:
 def test_death_between_copy_and_end_on_the_way_down_loses_nothing(tmp_path: Path) -> None:
     with TieredStore(tiers_of(tmp_path)) as one:
         one.put("layer/0", [layer(0)])
-
-    def act(one: TieredStore) -> None:
-        one.put("layer/1", [layer(1)])
-
-    assert child_that_dies_in_a_move(tmp_path, "evict", act) == CRASHED
+    assert die_in_a_move(tmp_path, "die-down") == CRASHED
     assert num_blobs(tmp_path) == 2  # two copies of layer/0
     check_that_one_copy_is_left(tmp_path)
 
@@ -280,11 +265,7 @@ def test_death_between_copy_and_end_on_the_way_up_loses_nothing(tmp_path: Path) 
         one.evict("layer/1")
         one.get("layer/0")
         assert where(one) == {"layer/0": "ssd"}
-
-    def act(one: TieredStore) -> None:
-        one.get("layer/0")
-
-    assert child_that_dies_in_a_move(tmp_path, "_settle", act) == CRASHED
+    assert die_in_a_move(tmp_path, "die-up") == CRASHED
     assert num_blobs(tmp_path) == 2
     check_that_one_copy_is_left(tmp_path)
 
@@ -479,40 +460,20 @@ def test_two_processes_of_a_node_fetch_a_layer_once(tmp_path: Path) -> None:
     publisher = RemoteStore(url)
     for index in range(6):
         publisher.publish(f"layer/{index}", [layer(index)])
-    pipes = [os.pipe() for _ in range(2)]
-    pids = [fork_reader(tmp_path / "node", url, writing) for _, writing in pipes]
-    told = []
-    for reading, writing in pipes:
-        os.close(writing)
-        with os.fdopen(reading) as file:
-            told.append(json.loads(file.read()))
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0]
+    program = Path(__file__).with_name("tier_children.py")
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(program), "load", str(tmp_path / "node"), url],
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    told = [json.loads(child.communicate()[0]) for child in children]
+    assert [child.returncode for child in children] == [0, 0]
     assert [one["right"] for one in told] == [6, 6]
     assert sum(one["fetched"] for one in told) == 6
     assert sum(one["plain_bytes_in"] for one in told) == 6 * PAGE
-
-
-def fork_reader(node: Path, url: str, pipe: int) -> int:
-    """A process that loads six layers and says what it took."""
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            with TieredStore([Tier(node, "1MiB")], remote=RemoteStore(url)) as one:
-                loaded = [one.load(f"layer/{index}") for index in range(6)]
-                right = sum(
-                    payload is not None and torch.equal(payload, layer(index))
-                    for index, payload in enumerate(loaded)
-                )
-                stats = one.stats()
-            assert stats.remote is not None
-            said = {"right": right, "fetched": stats.fetched}
-            said["plain_bytes_in"] = stats.remote.plain_bytes_in
-            os.write(pipe, json.dumps(said).encode())
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
 
 
 def test_what_is_fetched_lands_in_out_and_another_out_is_refused(

@@ -369,7 +369,7 @@ def _cut_to(pieces: Iterator[memoryview], nbytes: int, digest: str) -> Iterator[
 
 def _copy_into(pieces: Iterator[memoryview], out: torch.Tensor, digest: str) -> None:
     sha256, view, have = hashlib.sha256(), view_of(out), 0
-    for piece in pieces:
+    for piece in filter(None, pieces):
         sha256.update(piece)
         view[have : have + piece.nbytes] = piece
         have += piece.nbytes
