@@ -476,6 +476,26 @@ def test_two_processes_of_a_node_fetch_a_layer_once(tmp_path: Path) -> None:
     assert sum(one["plain_bytes_in"] for one in told) == 6 * PAGE
 
 
+def test_two_processes_that_move_the_same_entries_never_see_a_wrong_byte(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("tier_children.py")
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(program), "together", str(tmp_path), str(seed)],
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
+            stdout=subprocess.PIPE,
+        )
+        for seed in range(2)
+    ]
+    told = [json.loads(child.communicate()[0]) for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert all(one["found"] > 0 and one["wrong"] == one["corruptions"] == 0 for one in told)
+    names = ("nvme", "ssd", "hdd")
+    with TieredStore([Tier(tmp_path / name, 3 * UNIT, compress="off") for name in names]) as one:
+        assert one.verify().bad == ()
+        assert len({entry.key for entry in one.entries()}) == len(one.entries())
+        assert sum(tier.disk.stored_bytes for tier in one.stats().tiers) <= 9 * UNIT
+
+
 def test_what_is_fetched_lands_in_out_and_another_out_is_refused(
     store: Callable[..., TieredStore], tmp_path: Path
 ) -> None:

@@ -4,12 +4,14 @@ Run by test_cache_tiers.py.
 
     python tier_children.py die-down | die-up FOLDER
     python tier_children.py load FOLDER URL
+    python tier_children.py together FOLDER SEED
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -64,10 +66,30 @@ def load(folder: Path, url: str) -> None:
     print(json.dumps(said | {"plain_bytes_in": stats.remote.plain_bytes_in}))
 
 
+def together(folder: Path, seed: int) -> None:
+    """Use keys that others use too, in tiers with little room; say how many bytes were wrong."""
+    draw = random.Random(seed)
+    tiers = [Tier(folder / name, 3 * UNIT, compress="off") for name in ("nvme", "ssd", "hdd")]
+    wrong = found = 0
+    with TieredStore(tiers) as one:
+        for _ in range(60):
+            index = draw.randrange(10)
+            loaded = one.load(f"layer/{index}")
+            if loaded is None:
+                one.put(f"layer/{index}", [layer(index)])
+                continue
+            found += 1
+            wrong += not torch.equal(loaded, layer(index))
+        corruptions = sum(tier.disk.corruptions for tier in one.stats().tiers)
+    print(json.dumps({"found": found, "wrong": wrong, "corruptions": corruptions}))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, folder, *rest = sys.argv[1:]
     if what == "load":
         load(Path(folder), *rest)
+    elif what == "together":
+        together(Path(folder), int(rest[0]))
     else:
         die_in_a_move(Path(folder), what == "die-down")
