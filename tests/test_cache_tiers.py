@@ -364,7 +364,7 @@ def test_the_order_is_compared_with_the_rates(
     one = store(1, 1)
     rate = one._levels[0].rate
     assert rate is not None
-    for first, second, is_ordered in [(2e9, 1e8, True), (1e8, 2e9, False)]:
+    for first, second, is_ordered in [(2e9, 1e8, True), (1e9, 1.1e9, True), (1e8, 2e9, False)]:
         for level, value in zip(one._levels, (first, second), strict=True):
             monkeypatch.setattr(level, "rate", type(rate)(value, 0.0, "direct"))
         assert one.stats().is_ordered is is_ordered

@@ -38,7 +38,7 @@ class TieredStats:
 
     Attributes:
         tiers: In their order.
-        is_ordered: Whether that is the order of the measured rates, fastest first.
+        is_ordered: False if a tier was measured to be half as fast again as the one above it.
         entries: Keys; one that is in two tiers for a moment counts once.
         hits, misses: Of `get` and `load`; `hits` is the sum over the tiers.
         promotions, promoted_bytes: Moved to a faster tier, and their plain bytes.
