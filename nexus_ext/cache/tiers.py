@@ -10,6 +10,7 @@ whole and verified, and then the end of the original: whoever dies between the t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -438,8 +439,7 @@ class TieredStore:
 
 def _is_ordered(rates: Sequence[float]) -> bool:
     """Fastest first, but for what two measurements of one disk may differ by."""
-    pairs = zip(rates, rates[1:], strict=False)
-    return all(below <= _NOISE * above for above, below in pairs)
+    return all(below <= _NOISE * above for above, below in itertools.pairwise(rates))
 
 
 def _number_of(key: str) -> int:
