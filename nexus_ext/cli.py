@@ -1,4 +1,4 @@
-"""The command line: `nexus run | fetch | bench | plan | convert | doctor | demo`."""
+"""The command line: `nexus run | fetch | bench | plan | convert | doctor | demo | cache`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
+from nexus_ext import cli_cache
 from nexus_ext.errors import MissingExtra, NexusError
 from nexus_ext.memory import format_bytes, parse_bytes
 from nexus_ext.quant.convert import PackedModule
@@ -25,6 +26,7 @@ __all__ = ["app", "bench_table", "conversion_table", "main"]
 app = typer.Typer(
     help="Run PyTorch models that do not fit.", no_args_is_help=True, add_completion=False
 )
+app.add_typer(cli_cache.app, name="cache")
 out = Console()
 err = Console(stderr=True)
 

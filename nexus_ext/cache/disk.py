@@ -31,6 +31,7 @@ from nexus_ext.cache.reading import BlockMode
 from nexus_ext.cache.report import DiskStats, Entry, VerifyReport, ZoneStats
 from nexus_ext.cache.room import Room
 from nexus_ext.cache.rotation import Rotation
+from nexus_ext.cache.totals import Totals
 from nexus_ext.cache.touches import Touches
 from nexus_ext.cache.zone import Zone
 from nexus_ext.engine import Faults
@@ -110,7 +111,8 @@ class DiskTier:
         self._said = {"io_mode": "", "reader": "", "last_error": ""}
         self._lock = threading.Lock()  # of counts, and of the clock
         self._latest_ns = 0
-        self._room = Room(self._zones, self._max_bytes, self._count)
+        self._room = Room(self._zones, self._max_bytes, self._count, self._let_go)
+        self._totals = Totals([zone.index for zone in self._zones if zone.is_writable])
         self._pid = os.getpid()
         self._is_closed = False
         self._tidy()
@@ -122,6 +124,7 @@ class DiskTier:
         self._check_open()
         found = self._find(key)
         self._count("misses" if found is None else "hits")
+        self._tell(only_if_due=True)
         if found is None:
             return None
         zone, row = found
@@ -148,6 +151,7 @@ class DiskTier:
         """
         self._check_open()
         zone = self._zone_of(entry.folder)
+        began = time.perf_counter_ns()
         try:
             payload, report = zone.read(bytes.fromhex(entry.digest), entry.nbytes, out)
         except FileNotFoundError:
@@ -162,6 +166,8 @@ class DiskTier:
         except ReadError as error:
             self._fail("read_errors", error)
             raise
+        self._count("reads")
+        self._count("read_ns", time.perf_counter_ns() - began)
         self._count("read_bytes", report.nbytes)
         self._count("second_readings", report.num_second)
         self._said["io_mode"] = "direct" if report.is_direct else "buffered"
@@ -276,6 +282,27 @@ class DiskTier:
         return report
 
     # -- the whole --------------------------------------------------------------------------------
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Add to a counter that outlives this process (see `totals.COUNTED`).
+
+        Raises:
+            ConfigError: There is no such counter.
+        """
+        self._check_open()
+        self._totals.check(name)
+        self._count(name, number)
+
+    def totals(self) -> dict[str, int]:
+        """Counters of all processes since the index was made; what others gathered and did not
+        tell yet is missing.
+
+        Raises:
+            ReadError: The index cannot be read.
+        """
+        self._check_open()
+        self._tell()
+        return self._totals.read()
 
     def stats(self) -> DiskStats:
         """Counters and the state of every zone."""
@@ -418,6 +445,14 @@ class DiskTier:
                 zone.folder.path, 0, 0, free, 0, 0, zone.index.num_rebuilds, str(error)
             )
 
+    def _let_go(self, zone: Zone, digest: bytes) -> bool:
+        """Remove a blob because there is no room for it. False while it is held.
+
+        Raises:
+            ReadError, WriteError: The indexes cannot be used, or the file not be removed.
+        """
+        return zone.evict(digest)
+
     def _remove(self, zone: Zone, digest: bytes) -> bool:
         if not zone.is_writable:
             return False
@@ -452,7 +487,16 @@ class DiskTier:
         except WriteError as error:
             self._fail("index_errors", error)
 
+    def _tell(self, only_if_due: bool = False) -> None:
+        with self._lock:
+            counts = Counter(self._counts)
+        try:
+            self._totals.tell(counts, only_if_due)
+        except WriteError as error:
+            self._fail("index_errors", error)
+
     def _flush(self) -> None:
+        self._tell()
         for zone in self._zones:
             try:
                 self._touches[zone.folder.path].flush()

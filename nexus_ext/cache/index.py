@@ -136,6 +136,12 @@ class Index:
         found = map(Row.parse, self._read(lambda db: db.execute(f"{_ROW} ORDER BY used")))
         return [row for row in found if row is not None]
 
+    def rows_of(self, digest: bytes) -> list[Row]:
+        """The keys of one blob."""
+        query = f"{_ROW} WHERE names.digest = ?"
+        found = map(Row.parse, self._read(lambda db: db.execute(query, (digest,))))
+        return [row for row in found if row is not None]
+
     def has(self, digest: bytes) -> bool:
         """Whether a blob is known."""
         query = "SELECT 1 FROM blobs WHERE digest = ?"
@@ -182,7 +188,7 @@ class Index:
         return _number(self._read(lambda db: db.execute(query, span)))
 
     def tally(self, name: str) -> int:
-        """A counter that outlives processes: "written", "payload"."""
+        """A counter that outlives processes: "written", "payload", and those of `count`."""
         query = "SELECT COALESCE(SUM(value), 0) FROM tallies WHERE name = ?"
         return _number(self._read(lambda db: db.execute(query, (_encode(name),))))
 
@@ -274,6 +280,18 @@ class Index:
 
         def act(db: Connection) -> None:
             db.executemany(statement, rows)
+
+        self._write(act)
+
+    def count(self, numbers: Mapping[str, int]) -> None:
+        """Add to counters that outlive processes; they begin anew with the index.
+
+        Raises:
+            WriteError: It cannot be written to.
+        """
+
+        def act(db: Connection) -> None:
+            _add_tallies(db, numbers)
 
         self._write(act)
 
@@ -381,11 +399,15 @@ def _note_written(db: Connection, now_ns: int, written: int, payload: int) -> No
         "INSERT INTO written VALUES (?, ?) ON CONFLICT (slot) DO UPDATE SET nbytes = nbytes + ?",
         (slot, written, written),
     )
-    for name, value in (("written", written), ("payload", payload)):
-        db.execute(
-            "INSERT INTO tallies VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + ?",
-            (_encode(name), value, value),
-        )
+    _add_tallies(db, {"written": written, "payload": payload})
+
+
+def _add_tallies(db: Connection, numbers: Mapping[str, int]) -> None:
+    statement = (
+        "INSERT INTO tallies VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + ?"
+    )
+    rows = [(_encode(name), value, value) for name, value in numbers.items()]
+    db.executemany(statement, rows)
 
 
 def _number(found: list[tuple[object, ...]]) -> int:

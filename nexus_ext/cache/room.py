@@ -22,11 +22,17 @@ class Room:
     """
 
     def __init__(
-        self, zones: Sequence[Zone], max_bytes: int, count: Callable[[str], object]
+        self,
+        zones: Sequence[Zone],
+        max_bytes: int,
+        count: Callable[[str], object],
+        let_go: Callable[[Zone, bytes], bool] = Zone.evict,
     ) -> None:
+        """`let_go` removes a blob from a zone; False if it stays."""
         self._zones = zones
         self._max_bytes = max_bytes
         self._count = count
+        self._let_go = let_go
         self.lock = threading.Lock()
 
     def make(self, nbytes: int) -> bool:
@@ -54,7 +60,7 @@ class Room:
             for _, digest, stored, zone in oldest:
                 if freed >= nbytes:
                     break
-                if not zone.evict(digest):
+                if not self._let_go(zone, digest):
                     continue
                 went += 1
                 freed += stored
