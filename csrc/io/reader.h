@@ -39,8 +39,16 @@ class Reader {
 // How many bytes of memory may be registered with the kernel for one reader, and where they are.
 using Buffers = std::vector<std::span<std::byte>>;
 
+struct UringOptions {
+  // Without any completion for so long, what the kernel has not begun is taken back.
+  int64_t patience_ms = 5000;
+  // Of every read's entry; tests have them go through the kernel's workers.
+  unsigned sqe_flags = 0;
+};
+
 // Null, with the reason in `refusal`, where the kernel, a container or the build denies io_uring.
-std::unique_ptr<Reader> make_uring_reader(int depth, const Buffers& buffers, std::string& refusal);
+std::unique_ptr<Reader> make_uring_reader(int depth, const Buffers& buffers, std::string& refusal,
+                                          const UringOptions& options = {});
 // Worker threads over pread. `dontcache` asks for uncached buffered reads where the kernel can.
 std::unique_ptr<Reader> make_threads_reader(int depth, bool trailing_drop);
 // Worker threads over the files' mappings; see reader_mmap.cpp.

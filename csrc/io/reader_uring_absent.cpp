@@ -3,7 +3,8 @@
 
 namespace nexus {
 
-std::unique_ptr<Reader> make_uring_reader(int, const Buffers&, std::string& refusal) {
+std::unique_ptr<Reader> make_uring_reader(int, const Buffers&, std::string& refusal,
+                                          const UringOptions&) {
   refusal = "this build has no io_uring (liburing was not found when it was built)";
   return nullptr;
 }
