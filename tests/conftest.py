@@ -43,9 +43,9 @@ KIB = 1 << 10
 # -- tests that need a GPU ---------------------------------------------------------------------
 
 
-def _load_beside(name: str) -> Any:
-    """A module of tests/simcuda/, which is no package."""
-    path = Path(__file__).parent / "simcuda" / f"{name}.py"
+def _load_beside(name: str, folder: str = "simcuda") -> Any:
+    """A module of tests/simcuda/, or of tests/ itself; neither is a package."""
+    path = Path(__file__).parent / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -54,6 +54,8 @@ def _load_beside(name: str) -> Any:
     spec.loader.exec_module(module)
     return module
 
+
+_load_beside("http_server", folder="")  # tests of downloads import it by this name
 
 # tests/test_on_simcuda.py starts a process with a simulated driver, for the tests that take either.
 SIMULATED_DRIVER = os.environ.get("SIMCUDA")

@@ -38,7 +38,7 @@ class Act:
         ignore_range: 200 and the whole file.
         shift: The range that is told and sent lies so many bytes further on.
         lie: The range that is told lies so many bytes further on than the one that is sent.
-        shorten: Bytes fewer than were asked for, honestly told.
+        halve: Half of the bytes that were asked for, honestly told.
         cut: Close after so many bytes of the body.
         reset: Close with a reset.
         silent: Close before any answer.
@@ -49,8 +49,6 @@ class Act:
         raw: These bytes in place of an answer, then close.
         flip: The byte at this offset of the body is another one.
         redirect: Status 302 to this address; `{port}` is filled in.
-        version: A name among the server's versions of the file.
-        for_path: Only for requests of this path; others leave it where it is.
     """
 
     status: int | None = None
@@ -59,7 +57,7 @@ class Act:
     ignore_range: bool = False
     shift: int = 0
     lie: int = 0
-    shorten: int = 0
+    halve: bool = False
     cut: int | None = None
     reset: bool = False
     silent: bool = False
@@ -170,6 +168,8 @@ class Server:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
+            # Head and body are two sends; the second must not wait for an acknowledgement.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 if self._is_closing:
                     connection.close()
@@ -269,7 +269,7 @@ class Server:
         start, end = asked.span[0] + act.shift, min(asked.span[1] + act.shift, total)
         if start >= total:
             return 416, {**headers, "Content-Range": f"bytes */{total}"}, b""
-        end = max(start + 1, end - act.shorten)
+        end = start + max(1, (end - start) // 2) if act.halve else end
         headers["Content-Range"] = f"bytes {start + act.lie}-{end - 1 + act.lie}/{total}"
         return 206, headers, version.data[start:end]
 

@@ -73,6 +73,8 @@ class Fetching:
             body.close()
             with closing(self._ask(None, None)) as whole:
                 self._transfer.check_size(whole.facts)
+                if whole.facts.nbytes not in (None, facts.nbytes):
+                    raise self._transfer.changed_error()
                 self._begin_with(None, whole, is_whole=True)
             return
         self._begin_with(candidate, body, body.is_whole or not self._can_be_pieced(facts))

@@ -233,9 +233,8 @@ class Transfer:
         head = self.candidate.head if self.candidate is not None else None
         if head is None or facts.nbytes is None or head.nbytes != facts.nbytes:
             return False
-        if facts.validator == "":
-            return self.download.sha256 is not None
-        return head.validator == facts.validator
+        can_tell = facts.validator != "" or self.download.sha256 is not None
+        return can_tell and head.validator == facts.validator
 
     def check_size(self, facts: Facts) -> None:
         """Raises ContentMismatch where the source has not as many bytes as were asked for."""
@@ -334,10 +333,17 @@ class Transfer:
         with self.changed:
             self._tasks.remove(task)
             self._return(task)
-            if error is not None and not self.is_over and task.partial is self.partial:
+            if error is not None and not self._is_too_late(error, task):
                 self._received(error, task)
             self._let_go(task.partial)
         self.wind_up()
+
+    def _is_too_late(self, error: BaseException, task: Task) -> bool:
+        """Whether an error concerns nobody: the part is another, or needs no source any more."""
+        if self.is_over or task.partial is not self.partial:
+            return True
+        is_complete = self.partial is not None and self.partial.is_complete
+        return is_complete and isinstance(error, Trouble | DownloadError)
 
     def _return(self, task: Task) -> None:
         """What the task did not bring is missing again."""

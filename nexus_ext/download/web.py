@@ -50,7 +50,11 @@ class WebSource:
     def open(self, line: Line, span: tuple[int, int] | None, validator: str) -> Body:
         """See Source.open."""
         lead = self._lead
-        response = self._follow(line, lead or self._url, span, validator)
+        try:
+            response = self._follow(line, lead or self._url, span, validator)
+        except Trouble:
+            self._lead = None
+            raise
         if lead is not None and 400 <= response.status_code < 500 and response.status_code != 416:
             # A signed address that has run out: ask the first one for another.
             response.close()
