@@ -300,6 +300,7 @@ def _link(repo: Repo, file: RepoFile) -> None:
 def _hub() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.errors
         import huggingface_hub.utils
     except ImportError:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -92,9 +94,9 @@ def wait_for_arrivals() -> None:
             assert not thread.is_alive()
 
 
-def logits_of(model: torch.nn.Module) -> torch.Tensor:
+def logits_of(model: torch.nn.Module, prompt: torch.Tensor = PROMPT) -> torch.Tensor:
     with torch.inference_mode():
-        logits: torch.Tensor = model(PROMPT).logits
+        logits: torch.Tensor = model(prompt).logits
     return logits
 
 
@@ -296,6 +298,45 @@ def test_closing_in_the_middle_keeps_what_came(
     assert sum(hub.sent.values()) <= total + 4 * 4096 + BLOCK_BYTES
 
 
+CHILD = """
+import functools, sys
+from nexus_ext import from_pretrained, hub, pretrained
+name, budget, connections, chunk = sys.argv[1], *map(int, sys.argv[2:])
+pretrained.arrive = functools.partial(hub.arrive, max_connections=connections, chunk_bytes=chunk)
+model = from_pretrained(name, budget=budget)
+print("streaming", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_kill_costs_one_chunk(
+    hub: HubServer, llama: Path, want: torch.Tensor, budget: int, tmp_path: Path
+) -> None:
+    dam = Dam(hub, later_data(llama, 4))
+    places = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub")}
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, NAME, str(budget), *map(str, SMALL.values())],
+        env=os.environ | places,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"streaming\n"
+        assert dam.is_reached.wait(GENEROUS_SECONDS)
+        child.kill()
+    hub.before = lambda file, first, end: None
+    dam.is_open.set()
+    with nexus.from_pretrained(NAME, budget=budget) as model:
+        assert torch.equal(logits_of(model), want)
+        wait_for_arrivals()
+        received = nexus.stats(model).network_bytes
+    total = sum(len(data) for data in hub.files.values())
+    before = sum(end - first for file, first, end in hub.ranges) - received
+    assert 0 < received < total
+    assert total <= before + received <= total + SMALL["chunk_bytes"]
+
+
 def test_a_write_by_a_stranger_is_noticed_when_it_is_whole(
     hub: HubServer, want: torch.Tensor, budget: int, tmp_path: Path
 ) -> None:
@@ -329,7 +370,10 @@ def test_modes_that_need_whole_files_wait_for_them(
         assert torch.equal(logits_of(model), want)
 
 
-def test_rows_wait_for_their_bytes(hub: HubServer, llama: Path, want: torch.Tensor) -> None:
+def test_rows_wait_for_their_bytes(hub: HubServer, llama: Path) -> None:
+    prompt = torch.tensor([[1, 60, 100, 2]])  # rows in the midst of the table
+    with nexus.from_pretrained(llama) as model:
+        want = logits_of(model, prompt)
     rows = spans_of(llama, "model.embed_tokens.")
     dam = Dam(hub, rows)
     by_rows = ["model.embed_tokens"]
@@ -338,7 +382,7 @@ def test_rows_wait_for_their_bytes(hub: HubServer, llama: Path, want: torch.Tens
         nexus.from_pretrained(NAME, budget=budget, by_rows=by_rows) as model,
         ThreadPoolExecutor(1) as pool,
     ):
-        future = pool.submit(logits_of, model)
+        future = pool.submit(logits_of, model, prompt)
         try:
             assert dam.is_reached.wait(GENEROUS_SECONDS)
             assert not future.done()
