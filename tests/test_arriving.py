@@ -24,11 +24,16 @@ from nexus_ext import hub as hub_module
 from nexus_ext import pretrained
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.demo import make_llama
+from nexus_ext.engine import Engine, ReadMode
 from nexus_ext.errors import (
+    BudgetError,
     CheckpointChanged,
+    ConfigError,
     ContentMismatch,
     EngineClosed,
+    EngineError,
     SourceMissing,
+    SourceUnavailable,
 )
 from nexus_ext.pretrained import plan_pretrained
 from tests.hub_server import COMMIT, HubServer
@@ -389,3 +394,48 @@ def test_rows_wait_for_their_bytes(hub: HubServer, llama: Path) -> None:
         finally:
             dam.is_open.set()
         assert torch.equal(future.result(GENEROUS_SECONDS), want)
+
+
+def test_a_packed_model_is_fetched_whole_first(hub: HubServer, llama: Path, tmp_path: Path) -> None:
+    nexus.convert(llama, tmp_path / "packed", "nf4")
+    with nexus.from_pretrained(tmp_path / "packed") as model:
+        want = logits_of(model)
+    hub.files = {file.name: file.read_bytes() for file in (tmp_path / "packed").iterdir()}
+    with nexus.from_pretrained(NAME) as model:
+        assert not nexus.stats(model).is_arriving
+        assert torch.equal(logits_of(model), want)
+
+
+def test_what_was_begun_ends_with_an_error(hub: HubServer, want: torch.Tensor, budget: int) -> None:
+    with pytest.raises(BudgetError):
+        nexus.from_pretrained(NAME, budget=1000)
+    assert not [one for one in threading.enumerate() if one.name.startswith("nexus-download")]
+    with nexus.from_pretrained(NAME, budget=budget) as model:
+        assert torch.equal(logits_of(model), want)
+
+
+def test_a_file_that_arrives_is_not_mapped_and_has_no_digest(llama: Path) -> None:
+    checkpoint = Checkpoint.open(llama)
+    file = checkpoint.files[0]
+    with file.path.open("rb") as opened:
+        descriptors = [opened.fileno()]
+        with pytest.raises(ConfigError, match="still arrives"):
+            Engine([file], ReadMode(io="mmap"), descriptors=descriptors)
+        engine = Engine([file], ReadMode(), descriptors=descriptors)
+    entry = next(entry for entry in checkpoint.entries.values() if entry.file == 0)
+    group = checkpoint.group("g", [entry.name])
+    arena = torch.zeros(group.nbytes, dtype=torch.uint8)
+    engine.attach([arena], [group], [0], [], 1)
+    with pytest.raises(EngineError, match="still arrives"):
+        engine.digest(0)
+    with pytest.raises(EngineError, match="lies in a file"):
+        engine.announce([(0, file.stamp.size, 1)])
+    engine.announce([(0, entry.offset, entry.nbytes // 2)])
+    engine.end_arrival(SourceUnavailable("gone"))
+    with pytest.raises(SourceUnavailable, match="gone"):
+        engine.wait(0)
+    engine.announce([(0, entry.offset + entry.nbytes // 2, entry.nbytes - entry.nbytes // 2)])
+    engine.wait(0)
+    data = file.path.read_bytes()[entry.offset : entry.offset + entry.nbytes]
+    assert bytes(arena[: entry.nbytes].numpy()) == data
+    engine.close()
