@@ -23,6 +23,7 @@ from nexus_ext.download import Downloader
 from nexus_ext.errors import (
     ContentMismatch,
     DeviceLost,
+    DownloadError,
     EngineClosed,
     NexusError,
     TruncatedCheckpoint,
@@ -214,10 +215,16 @@ class Inbound:
     # -- the thread ------------------------------------------------------------------------------
 
     def _run(self, gate: Gate) -> None:
+        # Whatever happens here: who waits for bytes that will not come is told.
+        failure: NexusError | None = DownloadError(
+            "a download must not stop before its end, but its thread did; stream the model again"
+        )
         try:
-            failure = self._carry(gate)
-            if failure is not None:
-                self._tell(gate, failure)
+            try:
+                failure = self._carry(gate)
+            finally:
+                if failure is not None:
+                    self._tell(gate, failure)
         except (EngineClosed, DeviceLost):
             _log.info("a model was closed while it still arrived; what came is kept")
         finally:
