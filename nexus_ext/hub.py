@@ -167,8 +167,8 @@ def _arrive_url(url: str, downloader: Downloader, window_bytes: int) -> Inbound 
     folder = folder_of(url)
 
     def keep() -> None:
-        files = {str(one): one.stat().st_size for one in folder.iterdir() if one.is_file()}
-        _remember(url, None, folder, files)
+        there = [one for one in folder.iterdir() if one.is_file() and one.name[0] != "."]
+        _remember(url, None, folder, {str(one): one.stat().st_size for one in there})
 
     index = folder / INDEX
     return Inbound(
