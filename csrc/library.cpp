@@ -124,12 +124,15 @@ std::unique_ptr<Device> make_device(const std::string& name) {
 
 int64_t engine_open(std::vector<std::string> paths, Ints stamps, std::string device, std::string io,
                     bool allow_uring, bool trailing_drop, int64_t depth, int64_t chunk_bytes,
-                    int64_t num_slots, bool poison, Ints faults) {
+                    int64_t num_slots, bool poison, Ints faults, Ints descriptors) {
   std::vector<std::unique_ptr<File>> files;
   for (size_t i = 0; i < paths.size(); ++i) {
     const int64_t* stamp = &stamps.at(4 * i);
-    files.push_back(
-        std::make_unique<File>(paths[i], Stamp{stamp[0], stamp[1], stamp[2], stamp[3]}));
+    const Stamp expected = {stamp[0], stamp[1], stamp[2], stamp[3]};
+    const int64_t descriptor = descriptors.empty() ? -1 : descriptors.at(i);
+    files.push_back(descriptor < 0
+                        ? std::make_unique<File>(paths[i], expected)
+                        : std::make_unique<File>(paths[i], expected, number(descriptor)));
   }
   EngineOptions options;
   options.mode = read_mode(io, allow_uring, trailing_drop, depth, chunk_bytes);
@@ -250,6 +253,22 @@ void external_answer(int64_t engine, int64_t ticket, int64_t result, std::string
 void external_abandon(int64_t engine, std::string reason) {
   if (const auto reader = external_of(engine)) reader->abandon(reason);
 }
+
+void engine_announce(int64_t engine, Ints spans) {
+  std::vector<Span> all;
+  for (size_t i = 0; i < spans.size(); i += 3) {
+    all.push_back({number(spans[i]), spans.at(i + 1), spans.at(i + 2)});
+  }
+  find_engine(engine)->announce(all);
+}
+
+void engine_settle(int64_t engine, int64_t file, int64_t mtime_ns) {
+  find_engine(engine)->settle(number(file), mtime_ns);
+}
+
+void engine_end_arrival(int64_t engine, std::string why) { find_engine(engine)->end_arrival(why); }
+
+void engine_refuse(int64_t engine, std::string why) { find_engine(engine)->refuse(why); }
 
 std::string engine_stats(int64_t engine) { return find_engine(engine)->stats(); }
 
@@ -461,7 +480,7 @@ STABLE_TORCH_LIBRARY(nexus, m) {
   m.def(
       "engine_open(str[] paths, int[] stamps, str device, str io, bool allow_uring, "
       "bool trailing_drop, int depth, int chunk_bytes, int num_slots, bool poison, "
-      "int[] faults) -> int");
+      "int[] faults, int[] descriptors) -> int");
   // groups: arena, nbytes, is_brief, stays_in_ram, is_pooled per group. extents: group, file,
   // offset, nbytes, group_offset per extent.
   m.def(
@@ -490,6 +509,12 @@ STABLE_TORCH_LIBRARY(nexus, m) {
   m.def("external_take(int engine) -> int[]");
   m.def("external_answer(int engine, int ticket, int result, str text) -> ()");
   m.def("external_abandon(int engine, str reason) -> ()");
+  // Files that still arrive: file, offset, nbytes of what is there.
+  m.def("engine_announce(int engine, int[] spans) -> ()");
+  m.def("engine_settle(int engine, int file, int mtime_ns) -> ()");
+  // `why`: "nexus:Class: what happened".
+  m.def("engine_end_arrival(int engine, str why) -> ()");
+  m.def("engine_refuse(int engine, str why) -> ()");
   m.def("engine_stats(int engine) -> str");
   m.def("engine_close(int engine) -> ()");
 
@@ -550,6 +575,10 @@ STABLE_TORCH_LIBRARY_IMPL(nexus, CompositeExplicitAutograd, m) {
   m.impl("external_take", TORCH_BOX(&nexus::external_take));
   m.impl("external_answer", TORCH_BOX(&nexus::external_answer));
   m.impl("external_abandon", TORCH_BOX(&nexus::external_abandon));
+  m.impl("engine_announce", TORCH_BOX(&nexus::engine_announce));
+  m.impl("engine_settle", TORCH_BOX(&nexus::engine_settle));
+  m.impl("engine_end_arrival", TORCH_BOX(&nexus::engine_end_arrival));
+  m.impl("engine_refuse", TORCH_BOX(&nexus::engine_refuse));
   m.impl("engine_stats", TORCH_BOX(&nexus::engine_stats));
   m.impl("engine_close", TORCH_BOX(&nexus::engine_close));
   m.impl("use_codec", TORCH_BOX(&nexus::use_codec));

@@ -19,12 +19,12 @@ import ntpath
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +33,7 @@ from nexus_ext.errors import (
     CheckpointChanged,
     CheckpointFormatError,
     CheckpointMismatch,
+    NexusError,
     ReadError,
     TruncatedCheckpoint,
 )
@@ -49,6 +50,7 @@ from nexus_ext.header import (
 __all__ = [
     "ALIGNMENT",
     "DTYPE_NAMES",
+    "Arrival",
     "Checkpoint",
     "Entry",
     "Extent",
@@ -174,6 +176,35 @@ class Group:
         return len(self.extents) == 1 and self.extents[0].group_offset == 0
 
 
+class Gate(Protocol):
+    """Whoever reads files that still arrive, and only what was announced; see `Engine`."""
+
+    def announce(self, spans: Sequence[tuple[int, int, int]]) -> None: ...
+    def settle(self, file: int, mtime_ns: int) -> None: ...
+    def end_arrival(self, error: NexusError) -> None: ...
+    def refuse(self, error: NexusError) -> None: ...
+
+
+class Arrival(Protocol):
+    """Files of a checkpoint that are not all here yet; see `nexus_ext.arriving`."""
+
+    @property
+    def descriptors(self) -> Sequence[int]:
+        """Of each file, in the order of `Checkpoint.files`."""
+
+    @property
+    def is_arriving(self) -> bool: ...
+
+    @property
+    def bytes_received(self) -> int: ...
+
+    def feed(self, gate: Gate, spans: Sequence[tuple[int, int, int]]) -> None:
+        """Fetch (file, offset, nbytes) in this order, then the rest, and tell the gate. Once."""
+
+    def close(self) -> None:
+        """Fetch no more. Does not block."""
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """The validated tensors of one checkpoint and where their bytes are.
@@ -182,11 +213,41 @@ class Checkpoint:
         path: The file or index that was opened, absolute, its links kept.
         files: The files with weights, in the order of their names.
         entries: Every tensor by name, in the order of file, then offset.
+        arrival: Where the files are not all here yet: who brings them. Their paths are those they
+            will have, and nothing stands there before they are whole.
     """
 
     path: Path
     files: tuple[File, ...]
     entries: Mapping[str, Entry]
+    arrival: Arrival | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def open_arriving(
+        cls, path: Path, shards: Mapping[str, tuple[Path, int]], arrival: Arrival
+    ) -> Checkpoint:
+        """Validate a checkpoint whose files still arrive; their headers are here.
+
+        Args:
+            path: Its index, whole; or, where there is none, its only file.
+            shards: By name, in the order of the names: where the file will be, and an open
+                descriptor of what grows.
+            arrival: Who brings them.
+
+        Raises:
+            CheckpointFormatError, TruncatedCheckpoint: As `open`.
+        """
+        listed = _read_index(path) if path.name.endswith(".index.json") else None
+        files: list[File] = []
+        entries: list[Entry] = []
+        for number, (name, (target, descriptor)) in enumerate(shards.items()):
+            file, found = _read_followed(target, descriptor, number)
+            if listed is not None:
+                _check_shard(path, name, {entry.name for entry in found}, listed[name])
+            files.append(file)
+            entries += found
+        by_name = {entry.name: entry for entry in entries}
+        return cls(path, tuple(files), MappingProxyType(by_name), arrival=arrival)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
@@ -355,6 +416,15 @@ def _read_file(path: Path, number: int, role: str = "checkpoint") -> tuple[File,
         header = _read_header(descriptor, file)
         entries = parse_header(header, file, number)
         _ask_safetensors(header, file)
+    return file, entries
+
+
+def _read_followed(path: Path, descriptor: int, number: int) -> tuple[File, list[Entry]]:
+    """As `_read_file`; the file is written to meanwhile, behind its header."""
+    file = File(path, Stamp.of(descriptor))
+    header = _read_header(descriptor, file)
+    entries = parse_header(header, file, number)
+    _ask_safetensors(header, file)
     return file, entries
 
 

@@ -69,6 +69,7 @@ __all__ = [
     "TruncatedCheckpoint",
     "WriteError",
     "from_native",
+    "to_native",
 ]
 
 
@@ -207,3 +208,8 @@ def from_native(error: RuntimeError) -> BaseException:
     assert issubclass(typed, NexusError)
     # torch appends its own C++ trace after a blank line or "Exception raised from".
     return typed(message.split("\nException raised from")[0].strip())  # type: ignore[no-any-return]
+
+
+def to_native(error: NexusError) -> str:
+    """What native code keeps of an error, to throw it later; `from_native` knows it again."""
+    return f"nexus:{type(error).__name__}: {error}"

@@ -19,14 +19,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nexus_ext.arriving import Inbound
 from nexus_ext.config import home_folder
 from nexus_ext.download import Downloader
 from nexus_ext.errors import ConfigError, MissingExtra, SourceUnavailable
 from nexus_ext.files import write_whole
-from nexus_ext.hub_repo import cached_snapshot, fetch_repo, is_offline, list_repo
-from nexus_ext.url_model import fetch_url
+from nexus_ext.hub_repo import (
+    INDEX,
+    SINGLE,
+    Repo,
+    cached_snapshot,
+    fetch_descriptions,
+    fetch_repo,
+    is_offline,
+    keep_repo,
+    list_repo,
+    start_shards,
+    streamable_shards,
+)
+from nexus_ext.memory import parse_bytes
+from nexus_ext.url_model import fetch_url, folder_of, start_url
 
-__all__ = ["FetchReport", "fetch", "find_local", "locate"]
+__all__ = ["FetchReport", "arrive", "fetch", "find_local", "locate"]
 
 _log = logging.getLogger("nexus_ext")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -90,6 +104,98 @@ def locate(name: str | Path, *, max_connections: int = 8, progress: Progress | N
     if remembered is not None:
         return remembered
     return fetch(name, max_connections=max_connections, progress=progress).path
+
+
+def arrive(
+    name: str | Path, *, max_connections: int = 8, chunk_bytes: str | int = "8MiB"
+) -> Path | Inbound:
+    """As `locate`, but does not wait for weights that can be streamed while they come.
+
+    Blocks for what describes the model: its config, its tokenizer, its index.
+
+    Args:
+        name: As in `locate`.
+        max_connections, chunk_bytes: As in `Downloader`.
+
+    Returns:
+        The path of what is here, or had to be fetched whole; or what is on its way, to be opened,
+        and closed.
+
+    Raises:
+        As `fetch`.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if (remembered := _remembered(str(name), None)) is not None:
+        return remembered
+    url = str(name) if _URL.match(str(name)) else None
+    if url is None and (len(path.parts) != 2 or is_offline()):
+        return locate(name)
+    downloader = Downloader(max_connections=max_connections, chunk_bytes=chunk_bytes)
+    try:
+        window = 2 * parse_bytes(chunk_bytes)
+        inbound = (
+            _arrive_repo(str(name), downloader, window)
+            if url is None
+            else _arrive_url(url, downloader, window)
+        )
+    except BaseException:
+        downloader.close()
+        raise
+    if inbound is not None:
+        return inbound
+    downloader.close()
+    return locate(name)
+
+
+def _arrive_repo(name: str, downloader: Downloader, window_bytes: int) -> Inbound | None:
+    try:
+        repo = list_repo(name, None)
+    except SourceUnavailable:
+        return None  # `locate` asks the cache
+    fetch_descriptions(repo, downloader)
+    shards = streamable_shards(repo)
+    if shards is None:
+        return None
+    has_index = (repo.snapshot / INDEX).exists()
+    return Inbound(
+        downloader,
+        repo.snapshot,
+        repo.snapshot / (INDEX if has_index else SINGLE),
+        start_shards(repo, shards, downloader),
+        {file.name: repo.blob(file) for file in shards},
+        lambda: _keep_repo(name, repo),
+        window_bytes=window_bytes,
+    )
+
+
+def _keep_repo(name: str, repo: Repo) -> None:
+    keep_repo(repo)
+    files = {str(repo.snapshot / file.name): file.nbytes for file in repo.files}
+    _remember(name, None, repo.snapshot, files)
+
+
+def _arrive_url(url: str, downloader: Downloader, window_bytes: int) -> Inbound | None:
+    shards = start_url(url, downloader)
+    if shards is None:
+        return None
+    folder = folder_of(url)
+
+    def keep() -> None:
+        there = [one for one in folder.iterdir() if one.is_file() and one.name[0] != "."]
+        _remember(url, None, folder, {str(one): one.stat().st_size for one in there})
+
+    index = folder / INDEX
+    return Inbound(
+        downloader,
+        folder,
+        index if index.exists() else folder / SINGLE,
+        shards,
+        {name: folder / name for name in shards},
+        keep,
+        window_bytes=window_bytes,
+    )
 
 
 def fetch(

@@ -11,14 +11,16 @@ programs that use the hub's cache find what was fetched; what they fetched is no
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from nexus_ext.arriving import Here, Shard
 from nexus_ext.download import Download, Downloader
 from nexus_ext.errors import (
     AccessDenied,
@@ -30,7 +32,23 @@ from nexus_ext.errors import (
 )
 from nexus_ext.files import write_whole
 
-__all__ = ["Repo", "RepoFile", "cached_snapshot", "fetch_repo", "is_offline", "list_repo"]
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "Repo",
+    "RepoFile",
+    "cached_snapshot",
+    "fetch_descriptions",
+    "fetch_repo",
+    "is_offline",
+    "keep_repo",
+    "list_repo",
+    "start_shards",
+    "streamable_shards",
+]
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_WEIGHTS = ".safetensors"
 
 # Weights as safetensors, and what describes them; never pickles.
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -186,17 +204,69 @@ def fetch_repo(repo: Repo, downloader: Downloader, *, verify: bool) -> int:
     distinct = {file.blob: file for file in missing}
     repo.snapshot.mkdir(parents=True, exist_ok=True)
     (repo.root / "blobs").mkdir(exist_ok=True)
-    downloader.fetch_all(
-        Download(file.url, repo.blob(file), file.nbytes, file.sha256, repo.headers)
-        for file in distinct.values()
-    )
+    downloader.fetch_all(_download(repo, file) for file in distinct.values())
     for file in distinct.values():
         _check_small(repo, file)
+    keep_repo(repo)
+    return sum(file.nbytes for file in repo.files) - sum(file.nbytes for file in missing)
+
+
+def streamable_shards(repo: Repo) -> list[RepoFile] | None:
+    """The files with weights, where those are one checkpoint that can be streamed while it comes,
+    and something of it is missing. Its index, if it has one, is here.
+
+    None where all must be fetched first: other weights beside it, an index that names others.
+    """
+    weights = [file for file in repo.files if file.sha256 and file.name.endswith(_WEIGHTS)]
+    if all(_is_there(repo, file, verify=False) for file in weights):
+        return None
+    names = {file.name for file in repo.files if file.name.endswith(_WEIGHTS)}
+    if names != {file.name for file in weights} or names != _listed(repo):
+        return None
+    return weights
+
+
+def _listed(repo: Repo) -> set[str]:
+    index = repo.snapshot / INDEX
+    if not index.exists():
+        return {SINGLE}
+    try:
+        listed = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
+        return set()  # whoever opens it says what is wrong
+    return listed
+
+
+def fetch_descriptions(repo: Repo, downloader: Downloader) -> None:
+    """All but the weights. Raises as `fetch_repo`."""
+    small = tuple(file for file in repo.files if not file.name.endswith(_WEIGHTS))
+    # The branch is noted when all is there.
+    fetch_repo(replace(repo, files=small, revision=repo.commit), downloader, verify=False)
+
+
+def start_shards(
+    repo: Repo, shards: Sequence[RepoFile], downloader: Downloader
+) -> dict[str, Shard]:
+    """Begin what is missing, lazily; by name."""
+    (repo.root / "blobs").mkdir(exist_ok=True)
+    return {
+        file.name: Here(repo.blob(file))
+        if _is_there(repo, file, verify=False)
+        else downloader.start(_download(repo, file), lazily=True)
+        for file in shards
+    }
+
+
+def keep_repo(repo: Repo) -> None:
+    """All of it is in the cache: give the files their names, and note the branch."""
     for file in repo.files:
         _link(repo, file)
     if repo.revision != repo.commit:
         write_whole(repo.root / "refs" / repo.revision, repo.commit)
-    return sum(file.nbytes for file in repo.files) - sum(file.nbytes for file in missing)
+
+
+def _download(repo: Repo, file: RepoFile) -> Download:
+    return Download(file.url, repo.blob(file), file.nbytes, file.sha256, repo.headers)
 
 
 def _is_there(repo: Repo, file: RepoFile, verify: bool) -> bool:
@@ -230,6 +300,7 @@ def _link(repo: Repo, file: RepoFile) -> None:
 def _hub() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.errors
         import huggingface_hub.utils
     except ImportError:

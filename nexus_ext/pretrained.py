@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nexus_ext.arriving import Inbound
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.config import StreamConfig, home_folder
 from nexus_ext.conversion import Conversion
@@ -24,7 +25,7 @@ from nexus_ext.device import Device
 from nexus_ext.errors import ConfigError, MissingExtra
 from nexus_ext.experts.budget import divide
 from nexus_ext.experts.find import find_experts
-from nexus_ext.hub import locate
+from nexus_ext.hub import arrive, locate
 from nexus_ext.layout import lay_out
 from nexus_ext.module import stream
 from nexus_ext.plan import Plan
@@ -59,11 +60,12 @@ def from_pretrained(
 ) -> nn.Module:
     """A transformers model that streams its weights; `generate` and everything else works.
 
-    Blocks for a download where `name` is a hub id, then for the weights that stay resident. At no
-    time is the whole model in memory. The dtype is the checkpoint's own.
+    What is not here is downloaded, and the model streams while it arrives: this blocks for the
+    weights that stay resident, and a forward for those that it needs. At no time is the whole model
+    in memory. The dtype is the checkpoint's own. docs/arriving.md tells when all is fetched first.
 
     Args:
-        name: A folder with config.json and safetensors, a .gguf file, or a hub id.
+        name: A folder with config.json and safetensors, a .gguf file, a hub id, or a URL.
         model_class: A transformers class or its name; None takes the one named in the config.
         device: As in `stream`.
         groups: As in `stream`.
@@ -80,26 +82,58 @@ def from_pretrained(
         ConfigError: No such model, no such class, or an option that cannot be.
         NexusError: As `stream`.
     """
-    path = locate(name)
     groups = groups if groups is None or isinstance(groups, str) else list(groups)
-    if weights is not None:
-        path = _converted(path, config_of(weights), model_class, groups, progress)
-    checkpoint = open_checkpoint(path)
-    model = build_empty(path, checkpoint, model_class)
-    rename = renaming(model, checkpoint)
-    _report_unused(model, checkpoint, rename)
-    return stream(
-        model,
-        checkpoint,
-        device=device,
-        groups=groups,
-        by_rows=by_rows,
-        rename=rename,
-        # As transformers does: a head or a buffer that this class has no use for stays unread.
-        strict=False,
-        progress=progress,
-        **options,
-    )
+    config, target = StreamConfig.of(**options), Device.of(device)
+    source = arrive(name) if weights is None and _reads_as_it_comes(config, target) else None
+    with contextlib.ExitStack() as on_error:
+        if isinstance(source, Inbound):
+            on_error.callback(source.close)
+            path, checkpoint, model = _opened_inbound(source, model_class)
+        else:
+            path = locate(name) if source is None else source
+            if weights is not None:
+                path = _converted(path, config_of(weights), model_class, groups, progress)
+            checkpoint = open_checkpoint(path)
+            model = build_empty(path, checkpoint, model_class)
+        rename = renaming(model, checkpoint)
+        _report_unused(model, checkpoint, rename)
+        streamed = stream(
+            model,
+            checkpoint,
+            device=target,
+            groups=groups,
+            by_rows=by_rows,
+            rename=rename,
+            # As transformers does: a head or a buffer that this class has no use for stays unread.
+            strict=False,
+            progress=progress,
+            **options,
+        )
+        on_error.pop_all()
+    return streamed
+
+
+def _reads_as_it_comes(config: StreamConfig, device: Device) -> bool:
+    """Whether a model may be streamed while it is downloaded. Mapped files, kvikio and digests of
+    everything need files that are whole; to a GPU nobody has tried.
+    """
+    return device.is_host and config.io in ("auto", "direct", "buffered") and config.verify == "off"
+
+
+def _opened_inbound(
+    source: Inbound, model_class: str | type[nn.Module] | None
+) -> tuple[Path, Checkpoint, nn.Module]:
+    """A checkpoint on its way, and its empty model; one that is packed, or has experts, is fetched
+    whole first: their bytes are read in other ways than through the gate.
+    """
+    checkpoint = source.open()
+    if all(entry.dtype.is_floating_point for entry in checkpoint.entries.values()):
+        model = build_empty(source.folder, checkpoint, model_class)
+        if not find_experts(model, checkpoint, renaming(model, checkpoint)):
+            return source.folder, checkpoint, model
+    source.finish()
+    checkpoint = open_checkpoint(source.folder)
+    return source.folder, checkpoint, build_empty(source.folder, checkpoint, model_class)
 
 
 def plan_pretrained(

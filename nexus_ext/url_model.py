@@ -12,12 +12,13 @@ import logging
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from nexus_ext.arriving import Shard
 from nexus_ext.config import home_folder
 from nexus_ext.download import Download, Downloader, Fetched
 from nexus_ext.download.facts import shown
 from nexus_ext.errors import CheckpointFormatError, SourceRefused
 
-__all__ = ["fetch_url", "folder_of"]
+__all__ = ["fetch_url", "folder_of", "start_url"]
 
 _log = logging.getLogger("nexus_ext")
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -60,6 +61,21 @@ def fetch_url(url: str, downloader: Downloader) -> tuple[Path, list[Fetched]]:
         Download(_inside(url, name), folder / name) for name in _shards(url, folder, downloader)
     )
     return folder, described + weights
+
+
+def start_url(url: str, downloader: Downloader) -> dict[str, Shard] | None:
+    """Fetch what describes the folder at a URL, and begin its weights, lazily; by name.
+
+    None where it is one file, which nothing describes. Raises as `fetch_url`.
+    """
+    if _last(url).endswith(_ONE_FILE):
+        return None
+    folder = folder_of(url)
+    _described(url, folder, downloader)
+    return {
+        name: downloader.start(Download(_inside(url, name), folder / name), lazily=True)
+        for name in _shards(url, folder, downloader)
+    }
 
 
 def _described(url: str, folder: Path, downloader: Downloader) -> list[Fetched]:

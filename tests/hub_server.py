@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -33,6 +34,9 @@ class HubServer:
         self.asked: Counter[str] = Counter()
         self.tokens: set[str] = set()
         self.status = 200
+        self.ranges: list[tuple[str, int, int]] = []  # what was asked for: file, first, end
+        # Called before a range is answered, from the thread that does: may wait.
+        self.before: Callable[[str, int, int], None] = lambda file, first, end: None
         self._lock = threading.Lock()
         hub = self
 
@@ -94,6 +98,9 @@ class HubServer:
         if span is None:
             return self._send(request, 200, data, headers, file)
         first, last = int(span[1]), min(int(span[2] or len(data)), len(data) - 1)
+        with self._lock:
+            self.ranges.append((file, first, last + 1))
+        self.before(file, first, last + 1)
         headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
         return self._send(request, 206, data[first : last + 1], headers, file)
 

@@ -103,6 +103,30 @@ class Arriving:
         with self._changed:
             self._transfer.want([(offset, offset + nbytes) for offset, nbytes in ranges])
 
+    def want_all(self) -> None:
+        """Fetch the rest, too, of what was started lazily. Does not wait."""
+        with self._changed:
+            self._transfer.is_lazy = False
+            self._changed.notify_all()
+
+    def landed(self) -> list[tuple[int, int]]:
+        """(offset, nbytes) of all that stands in the part now. Does not wait.
+
+        As for `wait`: not yet compared with a digest of the whole. Empty after an error.
+        """
+        with self._changed:
+            if self._transfer.fetched is not None:
+                return [(0, self._transfer.fetched.nbytes)]
+            partial = self._transfer.partial
+            ranges = partial.landed if partial is not None else ()
+            return [(start, end - start) for start, end in ranges]
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `result` returns, or raises, at once."""
+        with self._changed:
+            return self._transfer.ended
+
     def wait(self, offset: int, nbytes: int, timeout_seconds: float | None = None) -> None:
         """Block until these bytes stand in the part; what is missing of them comes next.
 
@@ -264,8 +288,12 @@ class Downloader:
             raise
         return [one.result() for one in arriving]
 
-    def start(self, download: Download) -> Arriving:
+    def start(self, download: Download, *, lazily: bool = False) -> Arriving:
         """Begin a download; does not wait.
+
+        Args:
+            download: What.
+            lazily: Fetch only what is wanted or waited for, until `want_all`, and a first block.
 
         Raises:
             ConfigError: Closed; a scheme that nobody knows.
@@ -284,10 +312,23 @@ class Downloader:
             transfer = Transfer(
                 download, source, self._limits, self._clock, self._changed, start_follower
             )
+            transfer.is_lazy = lazily
             self._active.append(transfer)
             self._start_workers()
             self._changed.notify_all()
         return Arriving(transfer)
+
+    def wait_until(self, is_true: Callable[[], bool]) -> None:
+        """Block until `is_true`, which is asked at the start and whenever something landed or
+        ended, with everything else held up meanwhile.
+        """
+        with self._changed:
+            self._changed.wait_for(is_true)
+
+    def wake(self) -> None:
+        """Have `wait_until` ask again. Does not wait."""
+        with self._changed:
+            self._changed.notify_all()
 
     def stats(self) -> DownloadStats:
         """What was done until now."""

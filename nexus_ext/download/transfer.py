@@ -110,6 +110,7 @@ class Transfer:
         self.candidate: Partial | None = None  # left by an earlier call; not yet known to be right
         self.may_adopt = True
         self.is_promised = False  # somebody was told that bytes are there
+        self.is_lazy = False  # only what is wanted comes
         self.whole = False
         self.error: BaseException | None = None
         self.fetched: Fetched | None = None
@@ -182,8 +183,8 @@ class Transfer:
     def _next_span(self) -> tuple[int, int] | None:
         """The first missing block, what was wanted before the rest."""
         self._wants = [want for want in self._wants if self._missing.within(*want)]
-        everything = (0, self._nbytes or 0)
-        for want in [*self._wants, everything]:
+        everything = [] if self.is_lazy else [(0, self._nbytes or 0)]
+        for want in [*self._wants, *everything]:
             if (piece := self._missing.within(*want)) is not None:
                 return self._block_around(piece[0])
         return None
