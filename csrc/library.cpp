@@ -11,15 +11,18 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <charconv>
 #include <cstring>
+#include <iterator>
 #include <string>
 #include <vector>
 
 #include "common/error.h"
 #include "common/range.h"
 #include "common/xxh3.h"
+#include "io/blocks.h"
 #include "io/measure.h"
 #include "io/page_cache.h"
 #include "python_module.h"
@@ -121,12 +124,15 @@ std::unique_ptr<Device> make_device(const std::string& name) {
 
 int64_t engine_open(std::vector<std::string> paths, Ints stamps, std::string device, std::string io,
                     bool allow_uring, bool trailing_drop, int64_t depth, int64_t chunk_bytes,
-                    int64_t num_slots, bool poison, Ints faults) {
+                    int64_t num_slots, bool poison, Ints faults, Ints descriptors) {
   std::vector<std::unique_ptr<File>> files;
   for (size_t i = 0; i < paths.size(); ++i) {
     const int64_t* stamp = &stamps.at(4 * i);
-    files.push_back(
-        std::make_unique<File>(paths[i], Stamp{stamp[0], stamp[1], stamp[2], stamp[3]}));
+    const Stamp expected = {stamp[0], stamp[1], stamp[2], stamp[3]};
+    const int64_t descriptor = descriptors.empty() ? -1 : descriptors.at(i);
+    files.push_back(descriptor < 0
+                        ? std::make_unique<File>(paths[i], expected)
+                        : std::make_unique<File>(paths[i], expected, number(descriptor)));
   }
   EngineOptions options;
   options.mode = read_mode(io, allow_uring, trailing_drop, depth, chunk_bytes);
@@ -248,6 +254,22 @@ void external_abandon(int64_t engine, std::string reason) {
   if (const auto reader = external_of(engine)) reader->abandon(reason);
 }
 
+void engine_announce(int64_t engine, Ints spans) {
+  std::vector<Span> all;
+  for (size_t i = 0; i < spans.size(); i += 3) {
+    all.push_back({number(spans[i]), spans.at(i + 1), spans.at(i + 2)});
+  }
+  find_engine(engine)->announce(all);
+}
+
+void engine_settle(int64_t engine, int64_t file, int64_t mtime_ns) {
+  find_engine(engine)->settle(number(file), mtime_ns);
+}
+
+void engine_end_arrival(int64_t engine, std::string why) { find_engine(engine)->end_arrival(why); }
+
+void engine_refuse(int64_t engine, std::string why) { find_engine(engine)->refuse(why); }
+
 std::string engine_stats(int64_t engine) { return find_engine(engine)->stats(); }
 
 void engine_close(int64_t engine) {
@@ -256,6 +278,82 @@ void engine_close(int64_t engine) {
   if (found->is_in_this_process()) return found->close();
   // In a forked child its threads are gone, and whatever they held stays held: it is left alone.
   (void)new std::shared_ptr<Engine>(found);
+}
+
+// --- blocks with digests ------------------------------------------------------------------------
+
+bool is_contiguous_cpu(const Tensor& tensor, torch::headeronly::ScalarType type) {
+  return tensor.scalar_type() == type && tensor.is_contiguous() && tensor.is_cpu();
+}
+
+int64_t num_blocks(int64_t nbytes, int64_t block_bytes) {
+  return nbytes / block_bytes + (nbytes % block_bytes != 0 ? 1 : 0);
+}
+
+void check_block_bytes(int64_t block_bytes) {
+  if (block_bytes <= 0) fail("EngineError", "A block has bytes, got ", block_bytes, ".");
+}
+
+Tensor read_blocks_op(const Tensor& out, std::string path, Ints stamp, int64_t offset,
+                      const Tensor& digests, int64_t block_bytes, std::string io, bool allow_uring,
+                      int64_t depth, Ints faults) {
+  using torch::headeronly::ScalarType;
+  check_block_bytes(block_bytes);
+  if (!is_contiguous_cpu(out, ScalarType::Byte) || !is_contiguous_cpu(digests, ScalarType::Long) ||
+      digests.numel() != num_blocks(out.numel(), block_bytes) || offset < 0) {
+    fail("EngineError",
+         "Blocks are read into contiguous uint8 on the CPU, each with an int64 digest, from an "
+         "offset of 0 or more; got ",
+         out.numel(), " bytes and ", digests.numel(), " digests of blocks of ", block_bytes,
+         " from ", offset, ".");
+  }
+  if (io != "direct" && io != "buffered") {
+    fail("ConfigError", "Blocks are read with io \"direct\" or \"buffered\", got \"", io, "\".");
+  }
+  const auto* first = static_cast<const int64_t*>(digests.const_data_ptr());
+  const BlockTable table = {
+      offset, out.numel(), block_bytes, {first, static_cast<size_t>(digests.numel())}};
+  const FaultPlan plan = faults.empty() ? FaultPlan{} : fault_plan(faults);
+  const BlockVerdict verdict = read_blocks(
+      path, {stamp.at(0), stamp.at(1), stamp.at(2), stamp.at(3)}, table, bytes_of(out),
+      read_mode(io, allow_uring, true, depth, block_bytes), faults.empty() ? nullptr : &plan);
+  const int64_t fields[] = {
+      verdict.bad_block,    verdict.error,     verdict.is_direct ? 1 : 0, verdict.is_ring ? 1 : 0,
+      verdict.bytes_staged, verdict.num_plain, verdict.num_second,        verdict.num_faults};
+  const int64_t sizes[] = {std::size(fields)};
+  const Tensor answer = torch::stable::new_empty(digests, {sizes, 1});
+  std::memcpy(answer.mutable_data_ptr(), fields, sizeof(fields));
+  return answer;
+}
+
+// Parts are hashed as if they lay behind one another.
+Tensor block_digests(std::vector<Tensor> parts, int64_t block_bytes) {
+  using torch::headeronly::ScalarType;
+  check_block_bytes(block_bytes);
+  std::vector<uint64_t> digests;
+  Xxh3 hash;
+  int64_t filled = 0;
+  for (const Tensor& part : parts) {
+    if (!is_contiguous_cpu(part, ScalarType::Byte)) {
+      fail("EngineError", "Blocks are made of contiguous uint8 on the CPU.");
+    }
+    const std::byte* bytes = bytes_of(part);
+    for (int64_t at = 0; at < part.numel();) {
+      const int64_t taken = std::min(block_bytes - filled, part.numel() - at);
+      hash.update(bytes + at, static_cast<size_t>(taken));
+      at += taken;
+      filled += taken;
+      if (filled < block_bytes) continue;
+      digests.push_back(hash.digest());
+      hash = Xxh3();
+      filled = 0;
+    }
+  }
+  if (filled > 0) digests.push_back(hash.digest());
+  const int64_t sizes[] = {static_cast<int64_t>(digests.size())};
+  const Tensor answer = torch::stable::new_empty(parts.at(0), {sizes, 1}, ScalarType::Long);
+  std::copy(digests.begin(), digests.end(), static_cast<uint64_t*>(answer.mutable_data_ptr()));
+  return answer;
 }
 
 // --- the machine --------------------------------------------------------------------------------
@@ -382,7 +480,7 @@ STABLE_TORCH_LIBRARY(nexus, m) {
   m.def(
       "engine_open(str[] paths, int[] stamps, str device, str io, bool allow_uring, "
       "bool trailing_drop, int depth, int chunk_bytes, int num_slots, bool poison, "
-      "int[] faults) -> int");
+      "int[] faults, int[] descriptors) -> int");
   // groups: arena, nbytes, is_brief, stays_in_ram, is_pooled per group. extents: group, file,
   // offset, nbytes, group_offset per extent.
   m.def(
@@ -411,8 +509,25 @@ STABLE_TORCH_LIBRARY(nexus, m) {
   m.def("external_take(int engine) -> int[]");
   m.def("external_answer(int engine, int ticket, int result, str text) -> ()");
   m.def("external_abandon(int engine, str reason) -> ()");
+  // Files that still arrive: file, offset, nbytes of what is there.
+  m.def("engine_announce(int engine, int[] spans) -> ()");
+  m.def("engine_settle(int engine, int file, int mtime_ns) -> ()");
+  // `why`: "nexus:Class: what happened".
+  m.def("engine_end_arrival(int engine, str why) -> ()");
+  m.def("engine_refuse(int engine, str why) -> ()");
   m.def("engine_stats(int engine) -> str");
   m.def("engine_close(int engine) -> ()");
+
+  // Fills `out` (uint8) from byte `offset` of a file; digests: int64, XXH3-64 of each `block_bytes`
+  // of it. Blocks. Answers int64 [8]: a bad block or -1; errno of its read, ENODATA at the end of
+  // the file, 0 where its bytes differ; is_direct; is_ring; bytes_staged; num_plain; num_second;
+  // num_faults. stamp: device, inode, size, mtime_ns. faults: as engine_open's.
+  m.def(
+      "read_blocks_(Tensor(a!) out, str path, int[] stamp, int offset, Tensor digests, "
+      "int block_bytes, str io, bool allow_uring, int depth, int[] faults) -> Tensor");
+  // Pure: XXH3-64 of every `block_bytes` of the parts (uint8), laid behind one another; at least
+  // one part.
+  m.def("block_digests(Tensor[] parts, int block_bytes) -> Tensor");
 
   m.def(
       "measure_read(str path, str io, bool allow_uring, int depth, int chunk_bytes, "
@@ -432,6 +547,8 @@ STABLE_TORCH_LIBRARY_IMPL(nexus, CPU, m) {
   m.impl("measure_copy", TORCH_BOX(&nexus::copy_rate));
   m.impl("engine_read_rows", TORCH_BOX(&nexus::engine_read_rows));
   m.impl("xxh3", TORCH_BOX(&nexus::xxh3));
+  m.impl("read_blocks_", TORCH_BOX(&nexus::read_blocks_op));
+  m.impl("block_digests", TORCH_BOX(&nexus::block_digests));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nexus, CUDA, m) {
@@ -458,6 +575,10 @@ STABLE_TORCH_LIBRARY_IMPL(nexus, CompositeExplicitAutograd, m) {
   m.impl("external_take", TORCH_BOX(&nexus::external_take));
   m.impl("external_answer", TORCH_BOX(&nexus::external_answer));
   m.impl("external_abandon", TORCH_BOX(&nexus::external_abandon));
+  m.impl("engine_announce", TORCH_BOX(&nexus::engine_announce));
+  m.impl("engine_settle", TORCH_BOX(&nexus::engine_settle));
+  m.impl("engine_end_arrival", TORCH_BOX(&nexus::engine_end_arrival));
+  m.impl("engine_refuse", TORCH_BOX(&nexus::engine_refuse));
   m.impl("engine_stats", TORCH_BOX(&nexus::engine_stats));
   m.impl("engine_close", TORCH_BOX(&nexus::engine_close));
   m.impl("use_codec", TORCH_BOX(&nexus::use_codec));

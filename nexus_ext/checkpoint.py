@@ -6,9 +6,9 @@ headers and never a weight byte, and it knows neither devices nor caches.
 
     path ──▶ index? ──▶ files ──▶ entries ──▶ Group(members, extents)
 
-A checkpoint is untrusted input. Two judges must accept a header: the parser below, because the
-safetensors library lets duplicate names and unknown fields pass, and the library, because it
-defines the format. Both see the same bytes (see `_ask_safetensors`).
+A checkpoint is untrusted input. Two judges must accept a header: `parse_header`, over the grammar
+of header.py, because the safetensors library lets duplicate names and unknown fields pass, and the
+library, because it defines the format. Both see the same bytes (see `_ask_safetensors`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import hashlib
 import json
 import ntpath
 import os
-import reprlib
 import stat
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,20 +33,42 @@ from nexus_ext.errors import (
     CheckpointChanged,
     CheckpointFormatError,
     CheckpointMismatch,
+    NexusError,
     ReadError,
     TruncatedCheckpoint,
 )
+from nexus_ext.header import (
+    AGAIN,
+    MAX_DIMS,
+    MAX_JSON_BYTES,
+    broken,
+    index_shards,
+    quote,
+    tensor_fields,
+)
 
-__all__ = ["ALIGNMENT", "Checkpoint", "Entry", "Extent", "File", "Group", "Member", "Stamp"]
+__all__ = [
+    "ALIGNMENT",
+    "DTYPE_NAMES",
+    "Arrival",
+    "Checkpoint",
+    "Entry",
+    "Extent",
+    "File",
+    "Group",
+    "Member",
+    "Stamp",
+    "parse_header",
+]
 
 # Bytes. Every member starts on such a boundary inside its group: BLAS may differ in the last bit
 # for weights that are less aligned (torch 2.13, f32 GEMV at byte offsets 4 and 8).
 ALIGNMENT = 64
 
 _LENGTH_BYTES = 8  # a file begins with the length of its JSON header, little-endian
-_MAX_JSON_BYTES = 100_000_000  # the library's own limit for a header; kept for an index as well
 _MAX_INT = 2**63 - 1  # sizes and strides in torch are int64
 _MAX_LISTED = 10  # names in one message
+_MAX_FILE_NAME_BYTES = 255  # Linux's own limit
 _FIELDS = ("dtype", "shape", "data_offsets")
 _DTYPES = {
     "BOOL": torch.bool,
@@ -68,17 +89,14 @@ _DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+# What safetensors calls a dtype.
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 _KINDS = {"d": "a directory", "p": "a FIFO", "c": "a character device", "b": "a block device"}
 _WANTED = (
     "a .safetensors file, an .index.json file, or a directory that holds model.safetensors, "
     "model.safetensors.index.json, or exactly one file with either ending"
 )
-_AGAIN = "download the file again, or write it again with safetensors.torch.save_file"
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 200  # names come from the file and may be megabytes long
-_quote = _short.repr
 
 
 @dataclass(frozen=True)
@@ -105,7 +123,7 @@ class File:
     stamp: Stamp
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be a million
 class Entry:
     """One tensor in a file; `file` indexes `Checkpoint.files`, `offset` counts from byte 0."""
 
@@ -158,6 +176,35 @@ class Group:
         return len(self.extents) == 1 and self.extents[0].group_offset == 0
 
 
+class Gate(Protocol):
+    """Whoever reads files that still arrive, and only what was announced; see `Engine`."""
+
+    def announce(self, spans: Sequence[tuple[int, int, int]]) -> None: ...
+    def settle(self, file: int, mtime_ns: int) -> None: ...
+    def end_arrival(self, error: NexusError) -> None: ...
+    def refuse(self, error: NexusError) -> None: ...
+
+
+class Arrival(Protocol):
+    """Files of a checkpoint that are not all here yet; see `nexus_ext.arriving`."""
+
+    @property
+    def descriptors(self) -> Sequence[int]:
+        """Of each file, in the order of `Checkpoint.files`."""
+
+    @property
+    def is_arriving(self) -> bool: ...
+
+    @property
+    def bytes_received(self) -> int: ...
+
+    def feed(self, gate: Gate, spans: Sequence[tuple[int, int, int]]) -> None:
+        """Fetch (file, offset, nbytes) in this order, then the rest, and tell the gate. Once."""
+
+    def close(self) -> None:
+        """Fetch no more. Does not block."""
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """The validated tensors of one checkpoint and where their bytes are.
@@ -166,11 +213,41 @@ class Checkpoint:
         path: The file or index that was opened, absolute, its links kept.
         files: The files with weights, in the order of their names.
         entries: Every tensor by name, in the order of file, then offset.
+        arrival: Where the files are not all here yet: who brings them. Their paths are those they
+            will have, and nothing stands there before they are whole.
     """
 
     path: Path
     files: tuple[File, ...]
     entries: Mapping[str, Entry]
+    arrival: Arrival | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def open_arriving(
+        cls, path: Path, shards: Mapping[str, tuple[Path, int]], arrival: Arrival
+    ) -> Checkpoint:
+        """Validate a checkpoint whose files still arrive; their headers are here.
+
+        Args:
+            path: Its index, whole; or, where there is none, its only file.
+            shards: By name, in the order of the names: where the file will be, and an open
+                descriptor of what grows.
+            arrival: Who brings them.
+
+        Raises:
+            CheckpointFormatError, TruncatedCheckpoint: As `open`.
+        """
+        listed = _read_index(path) if path.name.endswith(".index.json") else None
+        files: list[File] = []
+        entries: list[Entry] = []
+        for number, (name, (target, descriptor)) in enumerate(shards.items()):
+            file, found = _read_followed(target, descriptor, number)
+            if listed is not None:
+                _check_shard(path, name, {entry.name for entry in found}, listed[name])
+            files.append(file)
+            entries += found
+        by_name = {entry.name: entry for entry in entries}
+        return cls(path, tuple(files), MappingProxyType(by_name), arrival=arrival)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
@@ -219,7 +296,7 @@ class Checkpoint:
         wanted = set(tensor_names)
         if unknown := wanted - self.entries.keys():
             raise CheckpointMismatch(
-                f"every tensor of group {_quote(name)} must be in {self.path}, which lacks "
+                f"every tensor of group {quote(name)} must be in {self.path}, which lacks "
                 f"{_listed(unknown)}; compare with its names: {_sample(self.entries)}"
             )
         members: list[Member] = []
@@ -258,7 +335,7 @@ def _append(extents: list[Extent], new: Extent) -> None:
 def _sample(names: Iterable[str]) -> str:
     ordered = list(names)
     more = f" and {len(ordered) - _MAX_LISTED} more" if len(ordered) > _MAX_LISTED else ""
-    return ", ".join(map(_quote, ordered[:_MAX_LISTED])) + more
+    return ", ".join(map(quote, ordered[:_MAX_LISTED])) + more
 
 
 def _listed(names: set[str]) -> str:
@@ -307,7 +384,7 @@ def _reaching(path: Path, role: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:  # ValueError: a path that no system call can take
         raise CheckpointFormatError(
-            f"the {role} {_quote(str(path))} must be there and readable, but: {error}; check the "
+            f"the {role} {quote(str(path))} must be there and readable, but: {error}; check the "
             f"path, or download it again (a checkpoint is {_WANTED})"
         ) from error
 
@@ -342,13 +419,22 @@ def _read_file(path: Path, number: int, role: str = "checkpoint") -> tuple[File,
     return file, entries
 
 
+def _read_followed(path: Path, descriptor: int, number: int) -> tuple[File, list[Entry]]:
+    """As `_read_file`; the file is written to meanwhile, behind its header."""
+    file = File(path, Stamp.of(descriptor))
+    header = _read_header(descriptor, file)
+    entries = parse_header(header, file, number)
+    _ask_safetensors(header, file)
+    return file, entries
+
+
 def _read_header(descriptor: int, file: File) -> bytes:
     if file.stamp.size < _LENGTH_BYTES:
         raise _truncated(file, _LENGTH_BYTES, "the length of its header")
     length = int.from_bytes(_pread(descriptor, file, _LENGTH_BYTES, 0), "little")
-    if length > _MAX_JSON_BYTES:
-        rule = f"a safetensors file begins with a header length up to {_MAX_JSON_BYTES}"
-        raise _broken(f"{file.path}, offset 0", rule, length)
+    if length > MAX_JSON_BYTES:
+        rule = f"a safetensors file begins with a header length up to {MAX_JSON_BYTES}"
+        raise broken(f"{file.path}, offset 0", rule, length)
     if file.stamp.size < _LENGTH_BYTES + length:
         raise _truncated(file, _LENGTH_BYTES + length, "its header")
     return _pread(descriptor, file, length, _LENGTH_BYTES)
@@ -386,7 +472,7 @@ def _ask_safetensors(header: bytes, file: File) -> None:
     except (SafetensorError, OSError) as error:
         raise CheckpointFormatError(
             f"{file.path}: the safetensors library must accept the header at offset "
-            f"{_LENGTH_BYTES}, but says: {error}; {_AGAIN}"
+            f"{_LENGTH_BYTES}, but says: {error}; {AGAIN}"
         ) from error
 
 
@@ -403,43 +489,52 @@ def parse_header(header: bytes, file: File, number: int = 0) -> list[Entry]:
         TruncatedCheckpoint: The tensors need more bytes than the file has.
     """
     where = f"{file.path}, header at offset {_LENGTH_BYTES}"
-    declared = _decode(_HEADER_JSON, header, where)
-    metadata = declared.pop("__metadata__", {})
-    if not _maps_text(metadata):
-        raise _broken(where, "__metadata__ maps strings to strings", metadata)
     base = _LENGTH_BYTES + len(header)
-    entries = [_parse_entry(file, number, base, *item) for item in declared.items()]
+    entries = [
+        _parse_entry(file, number, base, name, fields)
+        for name, fields in tensor_fields(header, where)
+    ]
     entries.sort(key=_file_order)
     _check_cover(entries, file, base)
     return entries
 
 
 def _parse_entry(file: File, number: int, base: int, name: str, fields: object) -> Entry:
-    where = f"{file.path}, tensor {_quote(name)}"
     if not isinstance(fields, dict) or fields.keys() != set(_FIELDS):
-        raise _broken(where, "a tensor has dtype, shape and data_offsets, nothing else", fields)
+        rule = "a tensor has dtype, shape and data_offsets, nothing else"
+        raise _broken_tensor(file, name, rule, fields)
     dtype, shape, offsets = (fields[key] for key in _FIELDS)
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         rule = f"nexus_ext reads {', '.join(_DTYPES)} (safetensors knows more, such as F4)"
-        raise _broken(where, rule, dtype)
+        raise _broken_tensor(file, name, rule, dtype)
     if not _are_integers(shape):
-        raise _broken(where, "shape is a list of whole numbers", shape)
+        raise _broken_tensor(file, name, "shape is a list of whole numbers", shape)
+    if len(shape) > MAX_DIMS:
+        rule = f"a shape has at most {MAX_DIMS} dimensions"
+        raise _broken_tensor(file, name, rule, len(shape))
     if not _are_integers(offsets) or len(offsets) != 2:
-        raise _broken(where, "data_offsets are two whole numbers", offsets)
-    start, nbytes = base + offsets[0], offsets[1] - offsets[0]
-    needed = _num_elements(shape, where) * _DTYPES[dtype].itemsize
-    if nbytes != needed:
-        rule = f"{dtype} with shape {_quote(shape)} takes {needed} bytes"
-        raise _broken(f"{where} at offset {start}", rule, nbytes)
-    return Entry(name, number, _DTYPES[dtype], tuple(shape), start, nbytes)
+        raise _broken_tensor(file, name, "data_offsets are two whole numbers", offsets)
+    count = _num_elements(shape)
+    if count is None:
+        raise _broken_tensor(file, name, "the product of a shape is below 2**63", shape)
+    nbytes = offsets[1] - offsets[0]
+    if nbytes != count * _DTYPES[dtype].itemsize:
+        rule = f"{dtype} with shape {quote(shape)} takes {count * _DTYPES[dtype].itemsize} bytes"
+        raise _broken_tensor(file, name, rule, nbytes)
+    return Entry(name, number, _DTYPES[dtype], tuple(shape), base + offsets[0], nbytes)
 
 
-def _num_elements(shape: list[int], where: str) -> int:
+def _broken_tensor(file: File, name: str, rule: str, got: object) -> CheckpointFormatError:
+    return broken(f"{file.path}, tensor {quote(name)}", rule, got)
+
+
+def _num_elements(shape: list[int]) -> int | None:
+    """The product, or None if it does not stay below 2**63."""
     count = 1
     for length in shape:
         count *= length
         if count > _MAX_INT:  # even when a later 0 would hide it: the library multiplies in order
-            raise _broken(where, "the product of a shape is below 2**63", shape)
+            return None
     return count
 
 
@@ -448,63 +543,18 @@ def _check_cover(entries: list[Entry], file: File, base: int) -> None:
     end = base
     for entry in entries:
         if entry.offset != end:
-            where = f"{file.path}, tensor {_quote(entry.name)}"
-            raise _broken(where, f"it starts at offset {end}, no hole, no overlap", entry.offset)
+            rule = f"it starts at offset {end}, no hole, no overlap"
+            raise _broken_tensor(file, entry.name, rule, entry.offset)
         end += entry.nbytes
         if end > file.stamp.size:
-            raise _truncated(file, end, f"tensor {_quote(entry.name)} at offset {entry.offset}")
+            raise _truncated(file, end, f"tensor {quote(entry.name)} at offset {entry.offset}")
     if end < file.stamp.size:
         rule = f"the file ends where its last tensor does, after {end} bytes"
-        raise _broken(str(file.path), rule, file.stamp.size)
-
-
-def _decode(decoder: json.JSONDecoder, raw: bytes, where: str) -> dict[str, object]:
-    try:
-        value = decoder.decode(raw.decode())
-    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
-        raise CheckpointFormatError(
-            f"{where}: it must be a JSON object in UTF-8, but: {error}; {_AGAIN}"
-        ) from error
-    if not isinstance(value, dict):
-        raise _broken(where, "it must be a JSON object", value)
-    return value
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    # Encoding refuses a lone surrogate, which json reads and no UTF-8 text can hold.
-    "".join(text for pair in pairs for text in pair if isinstance(text, str)).encode()
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the key {_quote(name)} stands there twice")
-    return result
-
-
-def _natural(text: str) -> int:
-    if text.startswith("-") or len(text) > len(str(_MAX_INT)) or int(text) > _MAX_INT:
-        raise ValueError(f"numbers are whole, from 0 to 2**63 - 1, and {_quote(text)} is not")
-    return int(text)
-
-
-def _no_number(text: str) -> object:
-    raise ValueError(f"{_quote(text)} is not allowed as a number")
-
-
-_INDEX_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number)
-_HEADER_JSON = json.JSONDecoder(
-    object_pairs_hook=_unique,
-    parse_constant=_no_number,
-    parse_float=_no_number,
-    parse_int=_natural,
-)
+        raise broken(str(file.path), rule, file.stamp.size)
 
 
 def _are_integers(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int for item in value)  # bool is no int
-
-
-def _maps_text(value: object) -> TypeGuard[dict[str, str]]:
-    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+    return isinstance(value, list) and {type(item) for item in value} <= {int}  # bool is no int
 
 
 def _read_shards(index: Path) -> tuple[list[File], list[Entry]]:
@@ -523,15 +573,25 @@ def _read_shards(index: Path) -> tuple[list[File], list[Entry]]:
 def _read_index(index: Path) -> dict[str, set[str]]:
     """The names of the tensors in each shard, as the index tells them."""
     with _opened(index, "index") as (descriptor, file):
-        if file.stamp.size > _MAX_JSON_BYTES:
-            rule = f"an index has at most {_MAX_JSON_BYTES} bytes"
-            raise _broken(str(index), rule, file.stamp.size)
+        if file.stamp.size > MAX_JSON_BYTES:
+            rule = f"an index has at most {MAX_JSON_BYTES} bytes"
+            raise broken(str(index), rule, file.stamp.size)
         raw = _pread(descriptor, file, file.stamp.size, 0)
-    weight_map = _decode(_INDEX_JSON, raw, str(index)).get("weight_map")
-    if not _maps_text(weight_map):
-        raise _broken(str(index), "weight_map maps tensor names to file names", weight_map)
+    return parse_index(raw, index)
+
+
+def parse_index(raw: bytes, index: Path) -> dict[str, set[str]]:
+    """The names of the tensors in each shard; a shard is the plain name of a file.
+
+    Args:
+        raw: The JSON bytes of the index.
+        index: The file they come from, for messages.
+
+    Raises:
+        CheckpointFormatError: It is no index, or it names something but files beside it.
+    """
     shards: dict[str, set[str]] = defaultdict(set)
-    for tensor, shard in weight_map.items():
+    for tensor, shard in index_shards(raw, str(index)).items():
         shards[shard].add(tensor)
     for shard in shards:
         _check_plain_name(shard, index)
@@ -539,9 +599,10 @@ def _read_index(index: Path) -> dict[str, set[str]]:
 
 
 def _check_plain_name(shard: str, index: Path) -> None:
-    special = shard in ("", ".", "..") or ntpath.splitdrive(shard)[0]
-    if special or not shard.isprintable() or not set(shard).isdisjoint("/\\"):
-        raise _broken(str(index), "a shard is the plain name of a file beside the index", shard)
+    special = shard in ("", ".", "..") or ntpath.splitdrive(shard)[0] != ""
+    written = shard.isprintable() and len(shard.encode()) <= _MAX_FILE_NAME_BYTES
+    if special or not written or not set(shard).isdisjoint("/\\"):
+        raise broken(str(index), "a shard is the plain name of a file beside the index", shard)
     if Path(shard).suffix in _PICKLE_SUFFIXES:
         raise _pickled(index.parent / shard)
 
@@ -555,17 +616,13 @@ def _check_shard(index: Path, shard: str, found: set[str], listed: set[str]) -> 
         if names:
             raise CheckpointFormatError(
                 f"{index}: every tensor is in the one shard that the index names, but "
-                f"{_quote(shard)} {flaw} {_listed(names)}; download index and shards again"
+                f"{quote(shard)} {flaw} {_listed(names)}; download index and shards again"
             )
-
-
-def _broken(where: str, rule: str, got: object) -> CheckpointFormatError:
-    return CheckpointFormatError(f"{where}: {rule}, but got {_quote(got)}; {_AGAIN}")
 
 
 def _truncated(file: File, needed: int, what: str) -> TruncatedCheckpoint:
     return TruncatedCheckpoint(
-        f"{file.path} must have {needed} bytes for {what}, but has {file.stamp.size}; {_AGAIN}"
+        f"{file.path} must have {needed} bytes for {what}, but has {file.stamp.size}; {AGAIN}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: `nexus run | bench | plan | convert | doctor | demo`."""
+"""The command line: `nexus run | fetch | bench | plan | convert | doctor | demo | cache`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
+from nexus_ext import cli_cache
 from nexus_ext.errors import MissingExtra, NexusError
 from nexus_ext.memory import format_bytes, parse_bytes
 from nexus_ext.quant.convert import PackedModule
@@ -25,6 +26,7 @@ __all__ = ["app", "bench_table", "conversion_table", "main"]
 app = typer.Typer(
     help="Run PyTorch models that do not fit.", no_args_is_help=True, add_completion=False
 )
+app.add_typer(cli_cache.app, name="cache")
 out = Console()
 err = Console(stderr=True)
 
@@ -97,7 +99,8 @@ def run(
     from nexus_ext.module import close, save_hotness, stats
     from nexus_ext.pretrained import from_pretrained
 
-    path = locate(model)
+    with _byte_progress() as progress:
+        path = locate(model, progress=progress)
     tokenizer = _tokenizer(path)
     with _byte_progress() as progress:
         streamed: Any = from_pretrained(
@@ -149,6 +152,36 @@ def run(
             "stats": asdict(counters),
         },
     )
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="A hub id, or a URL (https, s3, gs, ...).")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    connections: Annotated[int, typer.Option(min=1, max=64, help="At the same time.")] = 8,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare files that are here with their digests, too.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Bring a model here, checked; an interrupted download goes on where it stopped."""
+    from nexus_ext.hub import fetch as bring
+
+    with _byte_progress() as progress:
+        report = bring(
+            model,
+            revision=revision,
+            verify=verify,
+            max_connections=connections,
+            progress=progress,
+        )
+    out.print(str(report.path), markup=False, highlight=False)
+    err.print(
+        f"{report.num_files} files, {format_bytes(report.nbytes)}: "
+        f"{format_bytes(report.bytes_received)} received, {format_bytes(report.bytes_reused)} "
+        f"reused, {format_bytes(report.bytes_present)} were here; {report.seconds:.1f} s"
+    )
+    _write(json_file, asdict(report))
 
 
 @app.command()
@@ -447,4 +480,8 @@ def bench_table(r: dict[str, Any]) -> Table:
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
-        path.write_text(json.dumps(result, indent=2, default=list) + "\n")
+        path.write_text(json.dumps(result, indent=2, default=_plain) + "\n")
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else list(value)  # type: ignore[call-overload]

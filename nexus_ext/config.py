@@ -1,7 +1,8 @@
 """What a user may ask for, checked once; and the only reader of the environment.
 
 NEXUS_PREFAULT  on | off | auto (1 and 0 too): overrides the default of `prefault`
-NEXUS_HOME      folder for what nexus keeps: recorded digests, packed models, the demo's model
+NEXUS_HOME      folder for what nexus keeps: recorded digests, packed models, the demo's model, the
+                cache
 NEXUS_POISON    1 fills freed arenas with NaN bytes: a wrong read cannot pass unseen
 """
 
@@ -16,7 +17,7 @@ from typing import Literal, cast, get_args
 from nexus_ext.errors import ConfigError
 from nexus_ext.memory import parse_bytes
 
-__all__ = ["IoMode", "Predict", "Prefault", "StreamConfig", "Verify", "home_folder"]
+__all__ = ["IoMode", "Predict", "Prefault", "StreamConfig", "Verify", "cache_folder", "home_folder"]
 
 IoMode = Literal["auto", "direct", "buffered", "mmap", "gds"]
 Verify = Literal["off", "first", "always"]
@@ -193,3 +194,8 @@ def poisons_freed_arenas() -> bool:
 def home_folder() -> Path:
     """Where nexus keeps its files; made when something is written."""
     return Path(os.environ.get("NEXUS_HOME") or "~/.cache/nexus").expanduser()
+
+
+def cache_folder() -> Path:
+    """Where the cache is when nobody names another folder."""
+    return home_folder() / "cache"

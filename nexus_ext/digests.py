@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nexus_ext.checkpoint import Checkpoint, Group
+from nexus_ext.files import write_whole
 
 __all__ = ["recorded_digests"]
 
@@ -36,7 +35,7 @@ def recorded_digests(
     missing = {key: take(index) for index, key in enumerate(keys) if key not in known}
     if missing:
         known |= missing
-        _store(path, known)
+        write_whole(path, json.dumps(known))
     return [known[key] for key in keys]
 
 
@@ -63,18 +62,3 @@ def _load(path: Path) -> dict[str, int]:
 
 def _is_digest(value: object) -> bool:
     return type(value) is int and -(2**63) <= value < 2**63
-
-
-def _store(path: Path, digests: dict[str, int]) -> None:
-    """Temporary file, flush to disk, rename, flush the folder: all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as temporary:
-        json.dump(digests, temporary)
-        temporary.flush()
-        os.fsync(temporary.fileno())
-    os.replace(temporary.name, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ import torch
 
 from nexus_ext import ops
 from nexus_ext.checkpoint import File, Group
+from nexus_ext.errors import NexusError, to_native
 from nexus_ext.ops import native
 
 __all__ = [
@@ -68,6 +69,7 @@ class Engine:
         device: str = "cpu",
         poison: bool = False,
         faults: Faults | None = None,
+        descriptors: Sequence[int] = (),
     ) -> None:
         """Open the files.
 
@@ -77,8 +79,11 @@ class Engine:
             device: Where the arenas will be: "cpu", or "cuda:0" and so on.
             poison: Fill freed arenas with NaN bytes.
             faults: Test hook.
+            descriptors: Where files still arrive, one for each file: of the file that grows, or -1
+                for one that is there. They stay the caller's, and may be closed afterwards.
 
         Raises:
+            ConfigError: A file still arrives, and the mode maps files or is "gds".
             CheckpointChanged: A file is not what its stamp says.
             ReadError: A file cannot be opened.
             DeviceError, DeviceLost: The device cannot be used.
@@ -97,6 +102,7 @@ class Engine:
             mode.num_slots or 0,
             poison,
             list(astuple(faults)) if faults else [],
+            list(descriptors),
         )
 
     def attach(
@@ -271,6 +277,38 @@ class Engine:
     def abandon_reads(self, reason: str) -> None:
         """Nobody serves them any more, or writes into the buffer of one that was taken."""
         native.external_abandon(self.handle, reason)
+
+    # -- files that still arrive: nothing is read of them but what was announced ------------------
+
+    def announce(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        """These (file, offset, nbytes) stand in their files, and change no more.
+
+        Loads and rows that waited for them go on. Does not block.
+
+        Raises:
+            EngineError: Outside a file.
+            EngineClosed: It was closed.
+        """
+        ops.call(native.engine_announce, self.handle, [number for span in spans for number in span])
+
+    def settle(self, file: int, mtime_ns: int) -> None:
+        """A file is whole and the right one, last written to at `mtime_ns`: from now on another
+        time is `CheckpointChanged`. Does not block. Raises as `announce`.
+        """
+        ops.call(native.engine_settle, self.handle, file, mtime_ns)
+
+    def end_arrival(self, error: NexusError) -> None:
+        """Nothing more will come: whoever needs what is missing gets `error`, again and again.
+
+        Does not block. Raises as `announce`.
+        """
+        ops.call(native.engine_end_arrival, self.handle, to_native(error))
+
+    def refuse(self, error: NexusError) -> None:
+        """What came is wrong: from now on every call but `close` raises `error`. Does not block.
+        Raises as `announce`.
+        """
+        ops.call(native.engine_refuse, self.handle, to_native(error))
 
     def stats(self) -> dict[str, Any]:
         """Effective modes and counters; see `nexus_ext.profiling.Stats`."""

@@ -14,6 +14,15 @@
     ├── QuantizationError       packed tensors that do not belong together, weights that cannot be
     │                           packed (also a ValueError)
     ├── WriteError              the disk would not take what was to be kept (also an OSError)
+    ├── DownloadError           a file could not be fetched (also an OSError)
+    │   ├── SourceRefused           the server says no, or what must not be followed
+    │   │   ├── AccessDenied            it wants another token, or gives it to nobody
+    │   │   └── SourceMissing           it has no such file
+    │   ├── SourceUnavailable       the network or the server failed more often than may be retried
+    │   ├── SourceChanged           another file took the place of the one that was being fetched
+    │   ├── ContentMismatch         what came is not the file: size, digest, encoding, a web page
+    │   ├── DownloadCancelled       cancelled, or its Downloader was closed
+    │   └── DownloadTimeout         bytes were waited for longer than allowed (also a TimeoutError)
     └── EngineError             the native engine could not do what was asked
         ├── ReadError           the disk answered with an error (also an OSError)
         ├── DeviceError         the GPU's driver answered with an error
@@ -30,15 +39,20 @@ from __future__ import annotations
 import re
 
 __all__ = [
+    "AccessDenied",
     "BudgetError",
     "CheckpointChanged",
     "CheckpointError",
     "CheckpointFormatError",
     "CheckpointMismatch",
     "ConfigError",
+    "ContentMismatch",
     "CorruptCheckpoint",
     "DeviceError",
     "DeviceLost",
+    "DownloadCancelled",
+    "DownloadError",
+    "DownloadTimeout",
     "EngineClosed",
     "EngineError",
     "ForkedEngine",
@@ -46,11 +60,16 @@ __all__ = [
     "NexusError",
     "QuantizationError",
     "ReadError",
+    "SourceChanged",
+    "SourceMissing",
+    "SourceRefused",
+    "SourceUnavailable",
     "StreamError",
     "ThreadConflict",
     "TruncatedCheckpoint",
     "WriteError",
     "from_native",
+    "to_native",
 ]
 
 
@@ -106,6 +125,42 @@ class WriteError(NexusError, OSError):
     """The disk would not take what was to be kept."""
 
 
+class DownloadError(NexusError, OSError):
+    """A file could not be fetched."""
+
+
+class SourceRefused(DownloadError):
+    """The server says no, or leads to where a download must not follow."""
+
+
+class AccessDenied(SourceRefused):
+    """The server wants another token, or gives the file to nobody."""
+
+
+class SourceMissing(SourceRefused):
+    """The server has no such file."""
+
+
+class SourceUnavailable(DownloadError):
+    """The network or the server failed more often than may be retried."""
+
+
+class SourceChanged(DownloadError):
+    """Another file took the place of the one that was being fetched."""
+
+
+class ContentMismatch(DownloadError):
+    """What came is not the file that was asked for."""
+
+
+class DownloadCancelled(DownloadError):
+    """The download was cancelled, or its Downloader was closed."""
+
+
+class DownloadTimeout(DownloadError, TimeoutError):
+    """Bytes were waited for longer than allowed; the download goes on."""
+
+
 class EngineError(NexusError):
     """The native engine could not do what was asked."""
 
@@ -153,3 +208,8 @@ def from_native(error: RuntimeError) -> BaseException:
     assert issubclass(typed, NexusError)
     # torch appends its own C++ trace after a blank line or "Exception raised from".
     return typed(message.split("\nException raised from")[0].strip())  # type: ignore[no-any-return]
+
+
+def to_native(error: NexusError) -> str:
+    """What native code keeps of an error, to throw it later; `from_native` knows it again."""
+    return f"nexus:{type(error).__name__}: {error}"

@@ -77,7 +77,8 @@ def choose(
         depth=config.depth,
         chunk_bytes=_HOST_CHUNK_BYTES if config.chunk_bytes == "auto" else config.chunk_bytes,
     )
-    if not streams:
+    # Of files that still arrive there is nothing to measure yet.
+    if not streams or checkpoint.arrival is not None:
         return Choice(_within_ram_budget(mode, config), reason, Rates())
     path = str(max(checkpoint.files, key=lambda file: file.stamp.size).path)
     if device.is_host:
@@ -92,6 +93,8 @@ def choose(
 
 
 def _choose_io(checkpoint: Checkpoint, device: Device, available: int) -> tuple[str, str]:
+    if checkpoint.arrival is not None:
+        return "direct", "auto: the files still arrive"
     nbytes = sum(file.stamp.size for file in checkpoint.files)
     cached = sum(max(0, cached_bytes(str(file.path))) for file in checkpoint.files)
     fits, _ = should_prefault("auto", nbytes, available)

@@ -51,6 +51,29 @@ def _release_fake(
     _check_arena(arena)
 
 
+@torch.library.register_fake("nexus::read_blocks_")  # type: ignore[untyped-decorator]
+def _read_blocks_fake(
+    out: torch.Tensor,
+    path: str,
+    stamp: list[int],
+    offset: int,
+    digests: torch.Tensor,
+    block_bytes: int,
+    io: str,
+    allow_uring: bool,
+    depth: int,
+    faults: list[int],
+) -> torch.Tensor:
+    _check(out.dtype == torch.uint8 and digests.dtype == torch.int64)
+    return digests.new_empty(8)
+
+
+@torch.library.register_fake("nexus::block_digests")  # type: ignore[untyped-decorator]
+def _block_digests_fake(parts: list[torch.Tensor], block_bytes: int) -> torch.Tensor:
+    nbytes = sum(part.numel() for part in parts)
+    return parts[0].new_empty((nbytes + block_bytes - 1) // block_bytes, dtype=torch.int64)
+
+
 def call(op: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a native op; what it throws arrives as its `nexus_ext.errors` class.
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nexus_ext.arriving import Inbound
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.config import StreamConfig, home_folder
 from nexus_ext.conversion import Conversion
@@ -24,7 +25,7 @@ from nexus_ext.device import Device
 from nexus_ext.errors import ConfigError, MissingExtra
 from nexus_ext.experts.budget import divide
 from nexus_ext.experts.find import find_experts
-from nexus_ext.hub import locate
+from nexus_ext.hub import arrive, locate
 from nexus_ext.layout import lay_out
 from nexus_ext.module import stream
 from nexus_ext.plan import Plan
@@ -34,7 +35,14 @@ from nexus_ext.quant.formats import PackedWeights
 from nexus_ext.quant.gguf_file import GGUFCheckpoint, open_checkpoint
 from nexus_ext.streamer import Progress, plan_groups
 
-__all__ = ["build_empty", "convert", "from_pretrained", "plan_pretrained"]
+__all__ = [
+    "build_empty",
+    "convert",
+    "empty_model",
+    "from_pretrained",
+    "plan_pretrained",
+    "renaming",
+]
 
 _log = logging.getLogger("nexus_ext")
 
@@ -52,11 +60,12 @@ def from_pretrained(
 ) -> nn.Module:
     """A transformers model that streams its weights; `generate` and everything else works.
 
-    Blocks for a download where `name` is a hub id, then for the weights that stay resident. At no
-    time is the whole model in memory. The dtype is the checkpoint's own.
+    What is not here is downloaded, and the model streams while it arrives: this blocks for the
+    weights that stay resident, and a forward for those that it needs. At no time is the whole model
+    in memory. The dtype is the checkpoint's own. docs/arriving.md tells when all is fetched first.
 
     Args:
-        name: A folder with config.json and safetensors, a .gguf file, or a hub id.
+        name: A folder with config.json and safetensors, a .gguf file, a hub id, or a URL.
         model_class: A transformers class or its name; None takes the one named in the config.
         device: As in `stream`.
         groups: As in `stream`.
@@ -73,26 +82,58 @@ def from_pretrained(
         ConfigError: No such model, no such class, or an option that cannot be.
         NexusError: As `stream`.
     """
-    path = locate(name)
     groups = groups if groups is None or isinstance(groups, str) else list(groups)
-    if weights is not None:
-        path = _converted(path, config_of(weights), model_class, groups, progress)
-    checkpoint = open_checkpoint(path)
-    model = build_empty(path, checkpoint, model_class)
-    rename = _renaming(model, checkpoint)
-    _report_unused(model, checkpoint, rename)
-    return stream(
-        model,
-        checkpoint,
-        device=device,
-        groups=groups,
-        by_rows=by_rows,
-        rename=rename,
-        # As transformers does: a head or a buffer that this class has no use for stays unread.
-        strict=False,
-        progress=progress,
-        **options,
-    )
+    config, target = StreamConfig.of(**options), Device.of(device)
+    source = arrive(name) if weights is None and _reads_as_it_comes(config, target) else None
+    with contextlib.ExitStack() as on_error:
+        if isinstance(source, Inbound):
+            on_error.callback(source.close)
+            path, checkpoint, model = _opened_inbound(source, model_class)
+        else:
+            path = locate(name) if source is None else source
+            if weights is not None:
+                path = _converted(path, config_of(weights), model_class, groups, progress)
+            checkpoint = open_checkpoint(path)
+            model = build_empty(path, checkpoint, model_class)
+        rename = renaming(model, checkpoint)
+        _report_unused(model, checkpoint, rename)
+        streamed = stream(
+            model,
+            checkpoint,
+            device=target,
+            groups=groups,
+            by_rows=by_rows,
+            rename=rename,
+            # As transformers does: a head or a buffer that this class has no use for stays unread.
+            strict=False,
+            progress=progress,
+            **options,
+        )
+        on_error.pop_all()
+    return streamed
+
+
+def _reads_as_it_comes(config: StreamConfig, device: Device) -> bool:
+    """Whether a model may be streamed while it is downloaded. Mapped files, kvikio and digests of
+    everything need files that are whole; to a GPU nobody has tried.
+    """
+    return device.is_host and config.io in ("auto", "direct", "buffered") and config.verify == "off"
+
+
+def _opened_inbound(
+    source: Inbound, model_class: str | type[nn.Module] | None
+) -> tuple[Path, Checkpoint, nn.Module]:
+    """A checkpoint on its way, and its empty model; one that is packed, or has experts, is fetched
+    whole first: their bytes are read in other ways than through the gate.
+    """
+    checkpoint = source.open()
+    if all(entry.dtype.is_floating_point for entry in checkpoint.entries.values()):
+        model = build_empty(source.folder, checkpoint, model_class)
+        if not find_experts(model, checkpoint, renaming(model, checkpoint)):
+            return source.folder, checkpoint, model
+    source.finish()
+    checkpoint = open_checkpoint(source.folder)
+    return source.folder, checkpoint, build_empty(source.folder, checkpoint, model_class)
 
 
 def plan_pretrained(
@@ -108,7 +149,7 @@ def plan_pretrained(
     path = locate(name)
     checkpoint = open_checkpoint(path)
     model = build_empty(path, checkpoint, model_class)
-    rename = _renaming(model, checkpoint)
+    rename = renaming(model, checkpoint)
     experts = find_experts(model, checkpoint, rename)
     layout = lay_out(
         model, checkpoint, groups, rename, strict=False, by_rows=by_rows, experts=experts
@@ -161,7 +202,7 @@ def convert(
     path = locate(name)
     checkpoint = open_checkpoint(path)
     model = build_empty(path, checkpoint, model_class)
-    rename = _renaming(model, checkpoint)
+    rename = renaming(model, checkpoint)
     experts = find_experts(model, checkpoint, rename)
     layout = lay_out(model, checkpoint, groups, rename, strict=False, experts=experts)
     moved = [[member.name for member in group.members] for group in layout.groups]
@@ -209,20 +250,26 @@ def build_empty(
     except (OSError, ValueError) as error:
         raise ConfigError(f"A model folder needs a config.json; {path}: {error}") from error
     kind = _class_of(transformers, config, model_class)
-    before = torch.get_default_dtype()
     dtype = _dtype_of(config, checkpoint)
-    torch.set_default_dtype(dtype)
-    try:
-        with _parameters_on_meta():
-            model: nn.Module = kind(config)
-    finally:
-        torch.set_default_dtype(before)
+    model = empty_model(kind, config, dtype)
     if dtype in (torch.float16, torch.bfloat16):
         _keep_in_float32(model, dtype, checkpoint)
     model.tie_weights()  # type: ignore[operator]
     if (path / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model.eval()
+
+
+def empty_model(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """A model of a class of transformers, parameters on meta, buffers computed."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with _parameters_on_meta():
+            model: nn.Module = kind(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model
 
 
 def _config_of(transformers: Any, path: Path) -> Any:
@@ -280,7 +327,7 @@ def _keep_in_float32(model: nn.Module, dtype: torch.dtype, checkpoint: Checkpoin
     if not patterns:
         return
     kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns))
-    rename = _renaming(model, checkpoint)
+    rename = renaming(model, checkpoint)
     for path, module in model.named_modules():
         for owned in (module._parameters, module._buffers):
             for leaf, tensor in owned.items():
@@ -309,7 +356,7 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _renaming(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
+def renaming(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
     """Names differ by the base model's prefix when model and checkpoint differ in their head, and
     by what transformers renames; those of GGUF are others altogether.
     """

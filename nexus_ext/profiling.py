@@ -52,7 +52,8 @@ class Stats:
     why something better was not. A hit is an acquire that found its group landed, a wait one that
     did not; `stall_seconds` is the time spent waiting. `busy_seconds` is the time with reads in
     flight. A misprediction is an acquire of a group that nobody had started to load. `experts` is
-    the `ExpertStats` of a mixture-of-experts model, else None.
+    the `ExpertStats` of a mixture-of-experts model, else None. `network_bytes` came over the
+    network for this model; while `is_arriving` there is more to come.
     """
 
     io_mode_requested: str
@@ -106,6 +107,8 @@ class Stats:
     prefault_bytes: int
     prefault_seconds: float
     prefault_reason: str
+    network_bytes: int
+    is_arriving: bool
     experts: Any = None
 
     @classmethod

@@ -86,6 +86,7 @@ class Streamer:
         self.groups = tuple(groups)
         self.outside = outside
         self._checkpoint = checkpoint
+        self._arrival = checkpoint.arrival
         self._tiles = {entry.name: tiles_of(entry, config.tile_bytes) for entry in projections}
         self._tables = tuple(tables)
         self._sequence = sequence or (*range(len(self.groups)), *projections)
@@ -103,6 +104,7 @@ class Streamer:
             device=device.name,
             poison=poisons_freed_arenas(),
             faults=faults,
+            descriptors=() if checkpoint.arrival is None else checkpoint.arrival.descriptors,
         )
         self._gds: GdsServer | None = None
         try:
@@ -129,6 +131,8 @@ class Streamer:
         )
         if self._gds is not None:
             self._gds.start()
+        if self._arrival is not None:
+            self._arrival.feed(self.engine, list(self._spans()))
         if self.config.verify != "off":
             self._verify()
         self._wait_for_residents()
@@ -160,6 +164,15 @@ class Streamer:
                 yield from tiles[thing.name]
             elif not self.is_resident(thing):
                 yield thing + 1
+
+    def _spans(self) -> Iterator[tuple[int, int, int]]:
+        """(file, offset, nbytes) of all that is read, in the order of need."""
+        everything = self._everything
+        for number in (0, *(group + 1 for group in self.plan.resident), *self._order()):
+            for extent in everything[number].extents:
+                yield extent.file, extent.offset, extent.nbytes
+        for entry in self._tables:
+            yield entry.file, entry.offset, entry.nbytes
 
     def _open_by_rows(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Make ids, by the name of the tensor, for projections and for tables."""
@@ -226,6 +239,8 @@ class Streamer:
                 "resident_groups": len(self.plan.resident),
                 "streamed_groups": len(self.plan.streamed),
                 "lookahead": self.plan.lookahead,
+                "network_bytes": 0 if self._arrival is None else self._arrival.bytes_received,
+                "is_arriving": self._arrival is not None and self._arrival.is_arriving,
                 "experts": None,
             }
         )
@@ -242,6 +257,8 @@ class Streamer:
         # Its reads end with the engine's; then nobody writes into arenas any more.
         if self._gds is not None:
             self._gds.close()
+        if self._arrival is not None:
+            self._arrival.close()
 
     # -- setting up --------------------------------------------------------------------------
 

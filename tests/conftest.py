@@ -50,9 +50,9 @@ KIB = 1 << 10
 # -- tests that need a GPU ---------------------------------------------------------------------
 
 
-def _load_beside(name: str) -> Any:
-    """A module of tests/simcuda/, which is no package."""
-    path = Path(__file__).parent / "simcuda" / f"{name}.py"
+def _load_beside(name: str, folder: str = "simcuda") -> Any:
+    """A module of tests/simcuda/, or of tests/ itself; neither is a package."""
+    path = Path(__file__).parent / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -61,6 +61,8 @@ def _load_beside(name: str) -> Any:
     spec.loader.exec_module(module)
     return module
 
+
+_load_beside("http_server", folder="")  # tests of downloads import it by this name
 
 # tests/test_on_simcuda.py starts a process with a simulated driver, for the tests that take either.
 SIMULATED_DRIVER = os.environ.get("SIMCUDA")
@@ -458,6 +460,33 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     made = Lab(tmp_path)
     yield made
     made.close()
+
+
+# -- counts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def record_count(record_property: Callable[[str, object], None]) -> Callable[[str, object], None]:
+    """Have a count printed at the end of the run: (what was counted, how many)."""
+    return lambda name, value: record_property(f"count of {name}", value)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what tests counted; it comes with their reports from other processes, too."""
+    reports = [
+        report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)
+    ]
+    counts = [
+        f"{report.nodeid}: {name}: {value}"
+        for report in reports
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name.startswith("count of ")
+    ]
+    if counts:
+        terminalreporter.section("counts")
+        for line in counts:
+            terminalreporter.write_line(line)
 
 
 # -- processes ---------------------------------------------------------------------------------

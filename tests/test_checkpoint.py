@@ -9,12 +9,10 @@ import random
 import re
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError, deserialize
 from safetensors.torch import save_file
 
 from nexus_ext import checkpoint
@@ -298,20 +296,22 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {  # each with two bytes of data
     "no UTF-8": (b'{"\xff":1}', "can't decode byte 0xff"),
     "UTF-16": ("{}".encode("utf-16"), "JSON object in UTF-8"),
     "a byte order mark": ("\ufeff" + header(tensor()), "JSON object in UTF-8"),
-    "a list": ("[]", "must be a JSON object, but got []"),
-    "empty": ("", "Expecting value"),
+    "a list": ("[]", "JSON object in UTF-8, but: Expecting '{' at character 0, got '[]'"),
+    "empty": ("", "Expecting '{' at character 0, got ''"),
     "text after the object": (header(tensor()) + "{}", "Extra data"),
     "zeros after the object": (header(tensor()) + "\0\0", "Extra data"),
-    "deep nesting": ("[" * 200_000, "recursion"),
+    "deep nesting": ("[" * 200_000, "Expecting '{' at character 0, got '[[["),
+    "deep nesting in a tensor": ('{"a":' + "[" * 200_000, "'a' must be JSON of at most 4096"),
+    "deep nesting in metadata": ('{"__metadata__":' + "[" * 200_000, "maps strings to strings"),
     "a tensor twice": (header(tensor(), tensor()), "the key 'a' stands there twice"),
     "a field twice": (
         header(tensor()[:-1] + ',"shape":[2]}'),
         "the key 'shape' stands there twice",
     ),
     "metadata twice": (header(*['"__metadata__":{}'] * 2, tensor()), "stands there twice"),
-    "metadata null": ('{"__metadata__":null}', "maps strings to strings, but got None"),
-    "metadata list": ('{"__metadata__":[]}', "maps strings to strings, but got []"),
-    "metadata number": ('{"__metadata__":{"a":1}}', "strings to strings, but got {'a': 1}"),
+    "metadata null": ('{"__metadata__":null}', "maps strings to strings, but got 'null}'"),
+    "metadata list": ('{"__metadata__":[]}', "maps strings to strings, but got '[]}'"),
+    "metadata number": ('{"__metadata__":{"a":1}}', "strings to strings, but got '1}}'"),
     "a lone surrogate": (header(tensor(name=r"\ud800")), "surrogates not allowed"),
     "a surrogate in metadata": (r'{"__metadata__":{"a":"\udc00"}}', "surrogates not allowed"),
     "NaN": (header(tensor("[NaN]")), "'NaN' is not allowed"),
@@ -514,7 +514,7 @@ def test_a_shard_name_that_is_no_plain_name_is_refused(tmp_path: Path, name: str
 @pytest.mark.parametrize(
     ("text", "fragment"),
     [
-        ("[]", "must be a JSON object, but got []"),
+        ("[]", "JSON object in UTF-8, but: Expecting '{' at character 0, got '[]'"),
         ("{}", "weight_map maps tensor names to file names, but got None"),
         ('{"weight_map":[]}', "weight_map maps tensor names"),
         ('{"weight_map":{"a":1}}', "weight_map maps tensor names"),
@@ -523,7 +523,10 @@ def test_a_shard_name_that_is_no_plain_name_is_refused(tmp_path: Path, name: str
         ('{"weight_map":{"a":"x","a":"y"}}', "the key 'a' stands there twice"),
         ('{"weight_map":{},"metadata":NaN}', "'NaN' is not allowed"),
         ('{"weight_map":{"a":"\\ud800"}}', "surrogates not allowed"),
-        ('{"weight_map":' + "[" * 200_000, "recursion"),
+        ('{"weight_map":' + "[" * 200_000, "weight_map maps tensor names"),
+        ('{"x":' + "[" * 200_000, "'x' is nested deeper than 16"),
+        ('{"x":"' + r"\"" * 1_000_000, "'x' must be JSON of at most 1048576 characters"),
+        ('{"weight_map":{},"x":[1,' + "[]," * 400_000 + "2]}", "'x' must be JSON of at most"),
         ('{"weight_map":{},"metadata":' + "9" * 5000 + "}", "JSON object in UTF-8, but"),
         ("\ufeff{}", "JSON object in UTF-8"),
     ],
@@ -756,184 +759,3 @@ def test_the_fingerprint_is_stable_until_a_file_changes(tmp_path: Path) -> None:
     replaced = Checkpoint.open(index).fingerprint
     os.utime(shard, ns=(1, 1))
     assert len({before, replaced, Checkpoint.open(index).fingerprint}) == 3
-
-
-# ------------------------------------------------------- differential fuzz: the library is judge
-
-NAMES = ["a", "model.b", "\u00e9", "", "__metadata__", "../x"]
-WORDS = r"""
-"" "a" "U8" "F32" "F4" "F8_E5M2FNUZ" "BOOL" "dtype" "shape" "\ud800" "\u0061" \n //
-0 1 2 -0 -1 2.0 2e0 02 1e400 true false null NaN Infinity
-[] {} [0] [1,1] [0,0] [0,1,2] , : { } [ ]
-"""
-NUMBERS = [2**31, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**40]
-TOKENS: list[str] = [*WORDS.split(), *map(str, NUMBERS), "[" * 300, *'" \t\n\0\x0b\\\ufeff']
-# Where this parser refuses what the library takes, it is for one of these written reasons.
-STRICTER = (
-    "stands there twice",  # the library keeps the last of two equal names
-    "nothing else",  # it ignores fields it does not know, and takes a list for an object
-    "as a number",  # and with an unknown field any number in it
-    "__metadata__ maps",  # it takes null
-    "nexus_ext reads",  # dtypes that torch has no element for
-    "2**63 - 1",  # sizes between 2**63 and 2**64 with a 0 beside them
-    "below 2**63",
-)
-
-
-def random_header(rng: random.Random) -> tuple[str, bytes]:
-    """A legal header and its data."""
-    fields: dict[str, object] = {}
-    size = 0
-    for name in rng.sample(NAMES, rng.randrange(5)):
-        if name == "__metadata__":
-            fields[name] = {"k": "v"}
-            continue
-        dtype = rng.choice(sorted(checkpoint._DTYPES))
-        shape = [rng.randrange(4) for _ in range(rng.randrange(3))]
-        nbytes = checkpoint._DTYPES[dtype].itemsize
-        for length in shape:
-            nbytes *= length
-        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [size, size + nbytes]}
-        size += nbytes
-    return json.dumps(fields, ensure_ascii=rng.random() < 0.5), rng.randbytes(size)
-
-
-def replace_token(rng: random.Random, text: str) -> str:
-    found = [m.span() for m in re.finditer(r'"[^"]*"|-?\d+|\[[^\[\]]*\]|[{}\[\],:]', text)]
-    start, stop = rng.choice(found or [(0, 0)])
-    return text[:start] + rng.choice(TOKENS) + text[stop:]
-
-
-def insert_token(rng: random.Random, text: str) -> str:
-    place = rng.randrange(len(text) + 1)
-    return text[:place] + rng.choice(TOKENS) + text[place:]
-
-
-def change_number(rng: random.Random, text: str) -> str:
-    found = [m.span() for m in re.finditer(r"\d+", text)]
-    if not found:
-        return text
-    start, stop = rng.choice(found)
-    return text[:start] + str(int(text[start:stop]) + rng.choice([-2, -1, 1, 2, 8])) + text[stop:]
-
-
-def repeat_slice(rng: random.Random, text: str) -> str:
-    start, stop = sorted(rng.randrange(len(text) + 1) for _ in range(2))
-    return text[:stop] + text[start:stop] + text[stop:]
-
-
-def drop_slice(rng: random.Random, text: str) -> str:
-    start = rng.randrange(len(text))
-    return text[:start] + text[start + rng.randint(1, 6) :]
-
-
-def repeat_member(rng: random.Random, text: str) -> str:
-    found = re.findall(r'"[^"]*": (?:\d+|"[^"]*"|\[[^\]]*\]|\{[^}]*\})', text) or ['"a": 1']
-    return text.replace("{", "{" + rng.choice(found) + ", ", rng.randint(1, 3))
-
-
-MUTATIONS: tuple[Callable[[random.Random, str], str], ...] = (
-    *(replace_token, insert_token, change_number, repeat_slice, drop_slice, repeat_member),
-)
-
-
-def flip_byte(rng: random.Random, raw: bytes) -> bytes:
-    changed = bytearray(raw)
-    changed[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
-    return bytes(changed)
-
-
-def mutated(rng: random.Random) -> tuple[bytes, bytes]:
-    text, data = random_header(rng)
-    for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
-        text = rng.choice(MUTATIONS)(rng, text) or "{}"
-    raw = text.encode()
-    if rng.random() < 0.15:
-        raw = flip_byte(rng, raw)
-    if rng.random() < 0.1:
-        data = data[:-1] if rng.random() < 0.5 else data + b"x"
-    return raw, data
-
-
-def judged(raw: bytes) -> dict[str, tuple[str, list[int], bytes]] | None:
-    """What the library finds in a whole file, or None where it refuses."""
-    try:
-        found = deserialize(raw)  # type: ignore[no-untyped-call]
-    except SafetensorError:
-        return None
-    return {name: (spec["dtype"], spec["shape"], bytes(spec["data"])) for name, spec in found}
-
-
-def shown(entries: list[Entry], raw: bytes) -> dict[str, tuple[str, list[int], bytes]]:
-    codes = {dtype: code for code, dtype in checkpoint._DTYPES.items()}
-    return {
-        entry.name: (
-            codes[entry.dtype],
-            list(entry.shape),
-            raw[entry.offset : entry.offset + entry.nbytes],
-        )
-        for entry in entries
-    }
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_nothing_the_library_refuses_is_accepted_in_10000_mutated_headers(seed: int) -> None:
-    """Our parser alone, without the library behind it: what it accepts, the library reads alike."""
-    rng = random.Random(seed)
-    accepted = stricter = 0
-    unwritten: list[bytes] = []
-    for _ in range(10_000):
-        head, data = mutated(rng)
-        raw = len(head).to_bytes(8, "little") + head + data
-        verdict = judged(raw)
-        try:
-            entries = parse_header(head, File(Path("fuzz"), Stamp(0, 0, len(raw), 0)))
-        except CheckpointError as error:
-            if verdict is not None:
-                unwritten += [] if any(why in str(error) for why in STRICTER) else [head]
-                stricter += 1
-        else:
-            assert verdict == shown(entries, raw), head
-            accepted += 1
-    assert not unwritten
-    assert 1000 < accepted < 9000  # the mutations do hit, and do not hit everything
-    assert stricter > 50
-
-
-def test_mutated_files_are_opened_or_refused_and_nothing_else(tmp_path: Path) -> None:
-    """The whole way through the file system, the length in front included."""
-    rng = random.Random(7)
-    path = tmp_path / "model.safetensors"
-    opened = 0
-    for _ in range(2000):
-        head, data = mutated(rng)
-        raw = len(head).to_bytes(8, "little") + head + data
-        if rng.random() < 0.3:
-            raw = flip_byte(rng, raw)
-        path.write_bytes(raw[: rng.choice([None, None, rng.randrange(len(raw))])])
-        try:
-            found = Checkpoint.open(path)
-        except CheckpointError:
-            continue
-        opened += 1
-        raw = path.read_bytes()
-        assert judged(raw) == shown(list(found.entries.values()), raw)
-    assert opened > 100
-
-
-def test_mutated_indexes_are_opened_or_refused_and_nothing_else(tmp_path: Path) -> None:
-    rng = random.Random(11)
-    index = write_shards(tmp_path)
-    whole = index.read_text()
-    opened = 0
-    for _ in range(2000):
-        text = rng.choice(MUTATIONS)(rng, whole)
-        index.write_bytes(flip_byte(rng, text.encode()) if rng.random() < 0.3 else text.encode())
-        try:
-            found = Checkpoint.open(index)
-        except CheckpointError:
-            continue
-        opened += 1
-        assert {file.path.parent for file in found.files} == {tmp_path}
-        assert sorted(found.entries) == ["a", "b", "c"]
-    assert opened > 20

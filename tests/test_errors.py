@@ -8,7 +8,7 @@ import re
 import pytest
 
 from nexus_ext import errors
-from nexus_ext.errors import NexusError, from_native
+from nexus_ext.errors import NexusError, from_native, to_native
 
 KINDS = {
     name: kind
@@ -33,7 +33,7 @@ def test_the_drawn_tree_is_the_tree() -> None:
 
 
 def test_every_error_is_exported_in_order() -> None:
-    assert errors.__all__ == [*sorted(KINDS), "from_native"]
+    assert errors.__all__ == [*sorted(KINDS), "from_native", "to_native"]
 
 
 @pytest.mark.parametrize("kind", KINDS.values())
@@ -66,6 +66,13 @@ def test_a_native_error_arrives_as_its_class(kind: str) -> None:
     typed = from_native(RuntimeError(f"nexus:{kind}: The disk, at offset 12: broken."))
     assert type(typed) is KINDS[kind]
     assert str(typed) == "The disk, at offset 12: broken."
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_that_native_code_keeps_comes_back_as_it_was(kind: str) -> None:
+    came_back = from_native(RuntimeError(to_native(KINDS[kind]("a rule, what was got"))))
+    assert type(came_back) is KINDS[kind]
+    assert str(came_back) == "a rule, what was got"
 
 
 def test_what_torch_puts_around_a_native_error_is_taken_off() -> None:

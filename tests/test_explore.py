@@ -24,7 +24,7 @@ EXPLORER = ["explore", "explore_caller", "explore_engine", "explore_fibers", "ex
 # The real engine; what it stands on and is not here, explore_machine.cpp and _fibers.cpp replace.
 ENGINE = ["stream/engine", "stream/engine_files", "stream/engine_io", "stream/engine_pool"]
 ENGINE += ["stream/engine_setup", "stream/load", "stream/order", "stream/pinned"]
-ENGINE += ["io/window", "io/rows", "io/fault", "io/page_cache", "io/reader_external"]
+ENGINE += ["io/arrived", "io/window", "io/rows", "io/fault", "io/page_cache", "io/reader_external"]
 ENGINE += ["common/xxh3", "common/range_absent"]
 FLAGS = "-std=c++20 -O1 -g1 -Wall -Wextra"
 NUM_BUILDS = 2  # at a time

@@ -71,17 +71,47 @@ int try_direct_read(int descriptor) {
 
 }  // namespace
 
-File::File(std::string path, const Stamp& expected) : path_(std::move(path)), stamp_(expected) {
-  buffered_ = open(path_.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+File::File(std::string path, const Stamp& expected)
+    : path_(std::move(path)), stamp_(expected), opened_at_(path_), arrived_(true) {
+  open_checked(opened_at_);
+}
+
+// By way of the descriptor, for the file may get another name at any moment.
+File::File(std::string path, const Stamp& expected, int descriptor)
+    : path_(std::move(path)),
+      stamp_(expected),
+      is_followed_(true),
+      opened_at_(concat("/proc/self/fd/", descriptor)),
+      arrived_(false) {
+  open_checked(opened_at_);
+  opened_at_ = concat("/proc/self/fd/", buffered_);
+}
+
+void File::open_checked(const std::string& where) {
+  buffered_ = open(where.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
   if (buffered_ < 0) {
     fail("ReadError", "A checkpoint file must be readable; cannot open ", path_, ": ",
          std::strerror(errno), ".");
   }
   struct stat info;
-  if (fstat(buffered_, &info) != 0 || !(stamp_of(info) == stamp_)) {
+  if (fstat(buffered_, &info) != 0 || !is_same(stamp_of(info))) {
     close(buffered_);
     fail_changed(path_, stamp_, stamp_of(info));
   }
+}
+
+void File::settle(int64_t mtime_ns) {
+  settled_mtime_ns_ = mtime_ns;
+  arrived_.complete();
+}
+
+bool File::is_same(Stamp now) const {
+  Stamp expected = stamp_;
+  if (is_followed_) {
+    const int64_t settled = settled_mtime_ns_;
+    expected.mtime_ns = settled == kAny ? now.mtime_ns : settled;
+  }
+  return now == expected;
 }
 
 File::~File() {
@@ -99,7 +129,7 @@ bool File::enable_direct() {
     refusal_ = "the file system reports no direct I/O for this file";
     return false;
   }
-  direct_ = open(path_.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC | O_DIRECT);
+  direct_ = open(opened_at_.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC | O_DIRECT);
   const int error = direct_ < 0 ? errno : try_direct_read(direct_);
   if (error != 0) {
     refuse_direct(std::strerror(error));
@@ -131,13 +161,13 @@ void File::enable_mapping() {
 void File::check_unchanged() const {
   struct stat open_file;
   struct stat at_path;
-  if (fstat(buffered_, &open_file) != 0 || stat(path_.c_str(), &at_path) != 0) {
+  if (fstat(buffered_, &open_file) != 0 || stat(opened_at_.c_str(), &at_path) != 0) {
     fail("CheckpointChanged", "A checkpoint must not change while it is in use; ", path_,
          " cannot be looked at any more: ", std::strerror(errno),
          ". Close the model and stream it again.");
   }
   for (const Stamp& now : {stamp_of(open_file), stamp_of(at_path)}) {
-    if (!(now == stamp_)) fail_changed(path_, stamp_, now);
+    if (!is_same(now)) fail_changed(path_, stamp_, now);
   }
 }
 

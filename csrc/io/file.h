@@ -8,6 +8,8 @@
 #include <memory>
 #include <string>
 
+#include "io/arrived.h"
+
 namespace nexus {
 
 // What a file was when its header was validated. A difference later is an error, never new data.
@@ -27,9 +29,15 @@ struct Alignment {
 
 class File {
  public:
+  static constexpr int64_t kAny = -1;
+
   // Opens without ever blocking on a FIFO or a device. Throws CheckpointChanged when the file is
   // not the one `expected` describes.
   File(std::string path, const Stamp& expected);
+  // A file that still arrives: it is behind `descriptor`, which stays the caller's, and will be at
+  // `path`. Its time of change counts from `settle` on; what stands at the path never does, for
+  // the bytes behind the descriptor are those that were checked.
+  File(std::string path, const Stamp& expected, int descriptor);
   ~File();
   File(const File&) = delete;
   File& operator=(const File&) = delete;
@@ -43,6 +51,11 @@ class File {
 
   // Throws CheckpointChanged, also when the path now names another file.
   void check_unchanged() const;
+  // It has arrived, and was last written to then.
+  void settle(int64_t mtime_ns);
+  // What of it may be read.
+  Arrived& arrived() { return arrived_; }
+  const Arrived& arrived() const { return arrived_; }
   // Gives the pages of a range back: unmaps them here, then drops them from the page cache.
   void drop(int64_t offset, int64_t nbytes) const;
 
@@ -59,8 +72,15 @@ class File {
   std::shared_ptr<std::byte> shared_mapping() const { return mapping_; }
 
  private:
+  void open_checked(const std::string& where);
+  bool is_same(Stamp now) const;
+
   std::string path_;
   Stamp stamp_;
+  const bool is_followed_ = false;                // it arrives, or did, behind a descriptor
+  std::string opened_at_;                         // where it can be opened once more
+  std::atomic<int64_t> settled_mtime_ns_ = kAny;  // of one that is followed
+  Arrived arrived_;
   int buffered_ = -1;
   int direct_ = -1;
   std::atomic<bool> is_direct_ = false;

@@ -32,12 +32,23 @@ void check_mode(const ReadMode& mode) {
   }
 }
 
+// A page of a hole would be mapped as zeros, and kvikio knows of no gate.
+void check_whole(const std::vector<std::unique_ptr<File>>& files, const ReadMode& mode) {
+  if (mode.io != "mmap" && mode.io != "gds") return;
+  for (const auto& file : files) {
+    if (file->arrived().is_whole()) continue;
+    fail("ConfigError", "io=\"", mode.io, "\" needs files that are whole, and ", file->path(),
+         " still arrives. Use io=\"direct\" or io=\"buffered\", or wait until it is there.");
+  }
+}
+
 int depth_or(const ReadMode& mode, int standard) { return mode.depth > 0 ? mode.depth : standard; }
 
 }  // namespace
 
 Rung prepare_files(const std::vector<std::unique_ptr<File>>& files, const ReadMode& mode) {
   check_mode(mode);
+  check_whole(files, mode);
   Rung rung;
   rung.io = mode.io;
   if (mode.io == "mmap") {

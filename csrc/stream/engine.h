@@ -86,6 +86,13 @@ struct GroupSpec {
   bool is_pooled = false;  // `arena` is any one that it may be placed in
 };
 
+// Bytes of a file.
+struct Span {
+  int file;
+  int64_t offset;
+  int64_t nbytes;
+};
+
 enum class Verify { kOff, kFirst, kAlways };
 
 // A thread that calls, by a number that no other thread gets. What one thread began another may
@@ -142,6 +149,15 @@ class Engine {
   uint64_t digest_of(int group) const;
   // Rows of a table in a file, past the arenas; see RowReader.
   void read_rows(int file, const Table& table, std::span<const int64_t> rows, std::byte* out);
+  // Of files that still arrive; see io/arrived.h. Loads and rows wait for what is not there.
+  // These bytes are.
+  void announce(const std::vector<Span>& spans);
+  // A whole file is, it is the right one, and was last written to then.
+  void settle(int file, int64_t mtime_ns);
+  // No more bytes will come: whoever needs one that is missing fails with `why`.
+  void end_arrival(const std::string& why);
+  // What came was wrong: every later call throws `why`.
+  void refuse(const std::string& why);
   // Brings every mapped page in, in the background or not.
   void prefault(bool background);
   // Bytes of a mapped file where they are, kept mapped as long as somebody holds them.
@@ -230,6 +246,8 @@ class Engine {
   void make_ring();
   void make_external();
   bool needs_order(int group, const std::byte* arena) const;
+  void await_rows(std::unique_lock<std::mutex>& lock, const File& file, const Table& table,
+                  std::span<const int64_t> rows);
   void ask(std::unique_lock<std::mutex>& lock, int group, const std::byte* arena, Lane caller);
   void distrust_clone(Arena& arena, const Group& group);
   void open_reader();
@@ -283,6 +301,7 @@ class Engine {
   Turn turn(std::unique_lock<std::mutex>& lock);
   void issue();
   bool issue_next(size_t arena_index);
+  bool has_arrived(size_t arena_index);
   Chunk* find_chunk();
   void run_errand(Arena& arena, std::unique_lock<std::mutex>& lock);
   void make_ram_copy(Arena& arena, std::unique_lock<std::mutex>& lock);
@@ -347,6 +366,8 @@ class Engine {
   std::string lost_;                 // why the device can do nothing any more
   std::optional<Event> blocked_on_;  // what keeps the next read from starting
   std::optional<size_t> errand_;     // the arena whose load needs more than a read
+  std::string no_more_;              // why what has not arrived never will; empty while it may
+  std::optional<size_t> stranded_;   // the arena whose load needs such bytes
   size_t next_chunk_ = 0;
   std::thread thread_;
 

@@ -30,6 +30,10 @@ uint64_t Engine::digest_of(int group) const {
   std::vector<std::byte> buffer(static_cast<size_t>(options_.mode.chunk_bytes));
   for (const Piece& piece : group_at(group).pieces) {
     const File& file = *files_[static_cast<size_t>(piece.file)];
+    if (!file.arrived().covers(piece.offset, piece.nbytes)) {
+      fail("EngineError", "A digest is of bytes that are there, and ", file.path(),
+           " still arrives. Wait until it is whole.");
+    }
     for (int64_t done = 0; done < piece.nbytes;) {
       const ssize_t count = pread(file.buffered_descriptor(), buffer.data(),
                                   static_cast<size_t>(piece.nbytes - done), piece.offset + done);
@@ -50,7 +54,7 @@ uint64_t Engine::digest_of(int group) const {
 void Engine::read_rows(int file, const Table& table, std::span<const int64_t> rows,
                        std::byte* out) {
   {
-    const std::unique_lock lock = enter();
+    std::unique_lock lock = enter();
     if (!is_index(file, files_.size()) || table.row_bytes <= 0 || table.num_rows < 0 ||
         table.num_rows > std::numeric_limits<int64_t>::max() / table.row_bytes ||
         !is_range(table.offset, table.num_rows * table.row_bytes,
@@ -66,8 +70,58 @@ void Engine::read_rows(int file, const Table& table, std::span<const int64_t> ro
       }
       rows_ = std::make_unique<RowReader>(std::move(reader));
     }
+    await_rows(lock, *files_[static_cast<size_t>(file)], table, rows);
   }
   rows_->read(*files_[static_cast<size_t>(file)], table, rows, out);
+}
+
+// Rows that the table does not have are not waited for: who reads them says so.
+void Engine::await_rows(std::unique_lock<std::mutex>& lock, const File& file, const Table& table,
+                        std::span<const int64_t> rows) {
+  for (const int64_t row : rows) {
+    if (row < 0 || row >= table.num_rows) continue;
+    while (!file.arrived().covers(table.offset + row * table.row_bytes, table.row_bytes)) {
+      if (!no_more_.empty()) throw std::runtime_error(no_more_);
+      if (wait_for_news(lock)) fail("Interrupted", "interrupted while waiting for row ", row);
+      check_usable();
+    }
+  }
+}
+
+void Engine::announce(const std::vector<Span>& spans) {
+  const std::unique_lock lock = enter();
+  for (const Span& span : spans) {
+    if (!is_index(span.file, files_.size()) ||
+        !is_range(span.offset, span.nbytes, files_[static_cast<size_t>(span.file)]->size())) {
+      fail("EngineError", "What arrived lies in a file; got ", span.nbytes, " bytes at offset ",
+           span.offset, " of file ", span.file, " of ", files_.size(), ".");
+    }
+    files_[static_cast<size_t>(span.file)]->arrived().add(span.offset, span.nbytes);
+  }
+  work_.notify_all();
+  landed_.notify_all();
+}
+
+void Engine::settle(int file, int64_t mtime_ns) {
+  const std::unique_lock lock = enter();
+  if (!is_index(file, files_.size()) || mtime_ns < 0) {
+    fail("EngineError", "A file that arrived is one of ", files_.size(), ", got ", file, ".");
+  }
+  files_[static_cast<size_t>(file)]->settle(mtime_ns);
+  work_.notify_all();
+  landed_.notify_all();
+}
+
+void Engine::end_arrival(const std::string& why) {
+  const std::unique_lock lock = enter();
+  if (no_more_.empty()) no_more_ = why;
+  work_.notify_all();
+  landed_.notify_all();
+}
+
+void Engine::refuse(const std::string& why) {
+  const std::unique_lock lock = enter();
+  lose(why);
 }
 
 void Engine::prefault(bool background) {

@@ -61,12 +61,17 @@ Engine::Turn Engine::turn(std::unique_lock<std::mutex>& lock) {
   drop_left_behind(lock);
   errand_.reset();
   blocked_on_.reset();
+  stranded_.reset();
   if (!is_over()) {
     issue();
     if (drop_evicted(lock)) return Turn::kWorked;
   }
   if (errand_) {
     run_errand(arenas_[*errand_], lock);
+    return Turn::kWorked;
+  }
+  if (stranded_) {
+    fail_load(arenas_[*stranded_], std::runtime_error(no_more_));
     return Turn::kWorked;
   }
   if (num_in_flight_ > 0) {
@@ -116,6 +121,7 @@ bool Engine::issue_next(size_t arena_index) {
   }
   // Reads of a load in another arena, which was given up, may still write into the copy in RAM.
   if (group.ram != nullptr && group.num_reading > arena.in_flight) return false;
+  if (!has_arrived(arena_index)) return false;
   if (num_in_flight_ >= rung_.reader->depth()) return false;
   if (lands_on_device(group) && !device_->is_done(arena.free)) {
     if (!blocked_on_) blocked_on_ = arena.free;
@@ -137,6 +143,16 @@ bool Engine::issue_next(size_t arena_index) {
   ++group.num_reading;
   start(*chunk);
   return true;
+}
+
+// Whether the next piece's bytes may be read. The others of the queue need not wait for them.
+bool Engine::has_arrived(size_t arena_index) {
+  const Arena& arena = arenas_[arena_index];
+  const Piece& piece = group_at(arena.group).pieces[arena.load->next()];
+  const File& file = *files_[static_cast<size_t>(piece.file)];
+  if (file.arrived().covers(piece.offset, piece.nbytes)) return true;
+  if (!no_more_.empty() && !stranded_) stranded_ = arena_index;
+  return false;
 }
 
 // A chunk whose slot nobody reads into, copies from or hashes; in turn, so that the first one that

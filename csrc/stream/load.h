@@ -45,6 +45,7 @@ class Load {
       : group_(&group), landed_at_(group.pieces.size()), hashed_(hashed) {}
 
   bool has_next() const { return next_ < group_->pieces.size(); }
+  size_t next() const { return next_; }
   size_t take_next() { return next_++; }
   bool is_complete() const { return num_landed_ == group_->pieces.size(); }
 

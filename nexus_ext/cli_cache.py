@@ -1,0 +1,179 @@
+"""`nexus cache ls | verify | clear | stats`: what is kept in a cache, and what it is good for."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from nexus_ext.config import cache_folder
+from nexus_ext.errors import ConfigError
+from nexus_ext.memory import format_bytes
+
+__all__ = ["app", "figures_of"]
+
+app = typer.Typer(help="What is kept of what was fetched.", no_args_is_help=True)
+out = Console()
+
+# The command only looks: nothing must go because it has another idea of the budget.
+_NO_LIMIT_BYTES = 1 << 62
+
+Folder = Annotated[
+    list[Path] | None,
+    typer.Option(help="The cache's folder; may be repeated. Default: NEXUS_HOME/cache."),
+]
+Shared = Annotated[bool, typer.Option(help="Others may write to it, and you trust them.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.")]
+
+
+@app.command()
+def ls(folder: Folder = None, shared: Shared = False, json_file: JsonFile = None) -> None:
+    """List what is there: size, age, use."""
+    with _open(folder, shared) as tier:
+        entries = [] if tier is None else tier.entries()
+    now = time.time()
+    table = Table(title=f"{len(entries)} entries, {format_bytes(sum(e.nbytes for e in entries))}")
+    for name in ("key", "kind", "size", "made", "used", "uses"):
+        table.add_column(name)
+    for entry in reversed(entries):
+        table.add_row(
+            escape(entry.key),
+            escape(entry.kind),
+            format_bytes(entry.nbytes),
+            _age(now - entry.created_seconds),
+            _age(now - entry.used_seconds),
+            str(entry.uses),
+        )
+    out.print(table)
+    _write(json_file, [asdict(entry) for entry in entries])
+
+
+@app.command()
+def verify(folder: Folder = None, shared: Shared = False, json_file: JsonFile = None) -> None:
+    """Read every byte and compare; what is wrong is set aside. Exit code 1 if anything was."""
+    with _open(folder, shared) as tier:
+        report = None if tier is None else tier.verify()
+    if report is None:
+        out.print("there is no cache")
+        _write(json_file, {"num_blobs": 0, "nbytes": 0, "bad": []})
+        return
+    out.print(
+        f"{report.num_blobs} files, {format_bytes(report.nbytes)} right; {len(report.bad)} wrong, "
+        f"{report.num_adopted} were unknown, {report.num_missing} were gone"
+    )
+    for path, why in report.bad:
+        out.print(f"{path}: {why}", markup=False, highlight=False)
+    _write(json_file, asdict(report))
+    if report.bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def clear(folder: Folder = None, shared: Shared = False, json_file: JsonFile = None) -> None:
+    """Remove everything."""
+    with _open(folder, shared) as tier:
+        before = 0 if tier is None else tier.stats().stored_bytes
+        number = 0 if tier is None else tier.clear()
+        after = 0 if tier is None else tier.stats().stored_bytes
+    out.print(f"removed {number} files, {format_bytes(before - after)}")
+    _write(json_file, {"removed": number, "freed_bytes": before - after})
+
+
+@app.command()
+def stats(folder: Folder = None, shared: Shared = False, json_file: JsonFile = None) -> None:
+    """Hits, latency and writes of all processes so far, beside their targets."""
+    with _open(folder, shared) as tier:
+        if tier is None:
+            out.print("there is no cache")
+            _write(json_file, {})
+            return
+        counted, state = tier.totals(), tier.stats()
+    figures = figures_of(counted)
+    table = Table(title=f"{state.entries} entries, {format_bytes(state.stored_bytes)} of disk")
+    for name in ("what", "measured", "target"):
+        table.add_column(name)
+    for figure in figures:
+        table.add_row(figure["name"], figure["shown"], f"{figure['target']} {figure['verdict']}")
+    out.print(table)
+    for name in ("hits", "misses", "puts", "evictions", "corruptions"):
+        out.print(f"{name}: {counted[name]}")
+    for zone in state.zones:
+        out.print(
+            f"{zone.folder}: {format_bytes(zone.written_bytes)} written, "
+            f"{format_bytes(zone.written_bytes_of_day)} of it in 24 hours; "
+            f"{format_bytes(zone.free_bytes)} free",
+            markup=False,
+            highlight=False,
+        )
+    zones = [asdict(zone) for zone in state.zones]
+    _write(json_file, {"totals": counted, "figures": figures, "zones": zones})
+
+
+def figures_of(counted: dict[str, int]) -> list[dict[str, Any]]:
+    """The figures that a cache is judged by, of `DiskTier.totals`.
+
+    Each with its name, value (None where nothing was counted), target and verdict.
+    """
+    hits = _ratio(counted["hits"], counted["hits"] + counted["misses"])
+    load = _ratio(counted["read_ns"] / 1e6, counted["reads"])
+    ahead = _ratio(counted["prefetch_used"], counted["prefetched"])
+    queue = _ratio(counted["queue_depths"], counted["queue_looks"])
+    return [
+        _figure("cache hit ratio", hits, "> 85 %", hits is not None and hits > 0.85, "{:.1%}"),
+        _figure("average load", load, "< 100 ms", load is not None and load < 100, "{:.1f} ms"),
+        _figure("prefetch hit rate", ahead, "> 70 %", ahead is not None and ahead > 0.7, "{:.1%}"),
+        _figure("queue depth", queue, "2-4", queue is not None and 2 <= queue <= 4, "{:.1f}"),
+    ]
+
+
+def _figure(
+    name: str, value: float | None, target: str, is_met: bool, template: str
+) -> dict[str, Any]:
+    if value is None:
+        shown, verdict = "not measured", ""
+    else:
+        shown, verdict = template.format(value), "met" if is_met else "missed"
+    return {"name": name, "value": value, "shown": shown, "target": target, "verdict": verdict}
+
+
+def _ratio(part: float, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+@contextmanager
+def _open(folders: list[Path] | None, shared: bool) -> Iterator[Any]:
+    """A DiskTier on what is there; None where there is nothing, and nothing is made."""
+    chosen = [folder.expanduser() for folder in folders or [cache_folder()]]
+    missing = [folder for folder in chosen if not folder.is_dir()]
+    if missing and folders:
+        raise ConfigError(
+            f"A cache is a folder; {missing[0]} is none. Name the folder that holds blobs/."
+        )
+    if missing:
+        yield None
+        return
+    from nexus_ext.cache import DiskTier
+
+    with DiskTier(chosen, _NO_LIMIT_BYTES, shared=shared) as tier:
+        yield tier
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
+
+
+def _write(path: Path | None, result: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2, default=str) + "\n")

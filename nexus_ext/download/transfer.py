@@ -1,0 +1,502 @@
+"""One download under way: what has landed, what comes next, and how it ends.
+
+    waiting ──▶ opening ──▶ open ──▶ ended
+                   ▲          │
+                   └──────────┘  the source changed: anew, in another part
+
+This file knows no network. Workers take a `Task`, and come back with landed bytes or an error; all
+methods but those that say otherwise are called with the lock of `changed` held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Literal
+
+from nexus_ext.download.facts import Download, Fetched
+from nexus_ext.download.line import Line
+from nexus_ext.download.partial import Partial
+from nexus_ext.download.patience import Clock, Trouble, backoff_seconds
+from nexus_ext.download.ranges import Ranges
+from nexus_ext.download.source import Facts, Source
+from nexus_ext.errors import (
+    AccessDenied,
+    ContentMismatch,
+    DownloadCancelled,
+    DownloadError,
+    NexusError,
+    SourceChanged,
+    SourceUnavailable,
+)
+
+__all__ = ["Limits", "Progress", "Task", "Transfer", "key_of"]
+
+Progress = Callable[[str, int, "int | None"], None]
+
+_MAX_RESTARTS = 3
+# After these a later call goes on with what has arrived.
+_RESUMABLE = (SourceUnavailable, AccessDenied, DownloadCancelled)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What all transfers of a Downloader keep to."""
+
+    block_bytes: int
+    max_retries: int
+    progress: Progress | None
+
+
+@dataclass
+class Task:
+    """Work for one connection, and the way back from it.
+
+    `kind`: "open" the transfer and fetch its first block; fetch a "block"; fetch the "whole".
+    As a context it hands every error to the transfer.
+    """
+
+    transfer: Transfer
+    kind: Literal["open", "block", "whole"]
+    partial: Partial | None
+    span: tuple[int, int]
+    incidents_then: int
+    line: Line
+
+    def __enter__(self) -> Task:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        """Handed to the transfer, an error does not end the worker."""
+        self.transfer.leave(self, error)
+        return error is None or isinstance(error, Exception)
+
+
+def key_of(download: Download) -> str:
+    """What a part must be a part of: the digest, or else the very source. Holds no secret."""
+    if download.sha256 is not None:
+        return f"sha256:{download.sha256.lower()}"
+    scheme, _, rest = download.url.partition("://")
+    authority, slash, path = rest.partition("/")
+    plain = f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+    return f"url:{hashlib.sha256(plain.encode()).hexdigest()}"
+
+
+class Transfer:
+    """The state of one download; see the module."""
+
+    def __init__(
+        self,
+        download: Download,
+        source: Source,
+        limits: Limits,
+        clock: Clock,
+        changed: threading.Condition,
+        follow: Callable[[Transfer, Partial], None],
+    ) -> None:
+        self.download = download
+        self.source = source
+        self.key = key_of(download)
+        self.changed = changed
+        self.partial: Partial | None = None
+        self.candidate: Partial | None = None  # left by an earlier call; not yet known to be right
+        self.may_adopt = True
+        self.is_promised = False  # somebody was told that bytes are there
+        self.is_lazy = False  # only what is wanted comes
+        self.whole = False
+        self.error: BaseException | None = None
+        self.fetched: Fetched | None = None
+        self.ended = False
+        self.bytes_received = 0
+        self.bytes_reused = 0
+        self.num_retries = 0
+        self.http_version = ""
+        self._limits = limits
+        self._clock = clock
+        self._follow = follow  # starts a thread that hashes a part and publishes it
+        self._began = clock.now()
+        self._not_before = 0.0
+        self._failures = 0  # in a row, without a block's worth of bytes in between
+        self._landed_since = 0
+        self._incidents = 0  # failures of requests under way together are one
+        self._restarts = 0
+        self._is_opening = False
+        self._whole_is_busy = False
+        self._missing = Ranges()
+        self._wants: list[tuple[int, int]] = []
+        self._tasks: list[Task] = []
+        self._followers = 0
+        self._progress_lock = threading.Lock()
+        self._told_bytes = -1
+
+    # -- what comes next -------------------------------------------------------------------------
+
+    @property
+    def is_over(self) -> bool:
+        """No more work: done, failed or cancelled; perhaps not yet wound up."""
+        return self.error is not None or self.fetched is not None
+
+    @property
+    def has_wants(self) -> bool:
+        return any(self._missing.within(*want) for want in self._wants)
+
+    def pause_seconds(self) -> float:
+        """How long no work may be taken, because a request failed."""
+        return max(0.0, self._not_before - self._clock.now())
+
+    def take(self, line: Line) -> Task | None:
+        """The next task, or None."""
+        if self.is_over or self.pause_seconds() > 0:
+            return None
+        task: Task | None = None
+        if self.partial is None:
+            if not self._is_opening:
+                self._is_opening = True
+                task = self._task("open", (0, 0), line)
+        elif self.whole:
+            if not self._whole_is_busy and not self.partial.is_complete:
+                self._whole_is_busy = True
+                task = self._task("whole", (0, 0), line)
+        elif (span := self._next_span()) is not None:
+            self._missing.remove(*span)
+            task = self._task("block", span, line)
+        return task
+
+    def _task(
+        self, kind: Literal["open", "block", "whole"], span: tuple[int, int], line: Line
+    ) -> Task:
+        line.renew()
+        task = Task(self, kind, self.partial, span, self._incidents, line)
+        self._tasks.append(task)
+        if self.partial is not None:
+            self.partial.users += 1
+        return task
+
+    def _next_span(self) -> tuple[int, int] | None:
+        """The first missing block, what was wanted before the rest."""
+        self._wants = [want for want in self._wants if self._missing.within(*want)]
+        everything = [] if self.is_lazy else [(0, self._nbytes or 0)]
+        for want in [*self._wants, *everything]:
+            if (piece := self._missing.within(*want)) is not None:
+                return self._block_around(piece[0])
+        return None
+
+    def _block_around(self, offset: int) -> tuple[int, int]:
+        """What is missing around `offset`, as far as the block reaches that it lies in."""
+        block = self._limits.block_bytes
+        at = offset // block * block
+        while (piece := self._missing.within(at, (offset // block + 1) * block)) is not None:
+            if piece[1] > offset:
+                return piece
+            at = piece[1]
+        raise AssertionError(f"byte {offset} is not missing")
+
+    @property
+    def _nbytes(self) -> int | None:
+        return self.partial.nbytes if self.partial is not None else None
+
+    def want(self, spans: Sequence[tuple[int, int]]) -> None:
+        """These come next, in this order, before what was wanted earlier."""
+        self._wants = [*spans, *self._wants]
+        self.changed.notify_all()
+
+    # -- opening ---------------------------------------------------------------------------------
+
+    def first_span(self) -> tuple[int, int]:
+        """What to ask for while opening: a block that is missing, or the last byte."""
+        partial = self.candidate
+        if partial is None or partial.nbytes is None:
+            return 0, self._limits.block_bytes
+        gaps = partial.landed.gaps(0, partial.nbytes)
+        if not gaps:
+            return max(0, partial.nbytes - 1), max(1, partial.nbytes)
+        start, end = gaps[0]
+        block = self._limits.block_bytes
+        return start, min(end, (start // block + 1) * block)
+
+    def needs_no_source(self) -> bool:
+        """Everything is there, and its digest will judge it."""
+        return (
+            self.candidate is not None
+            and self.candidate.is_complete
+            and self.download.sha256 is not None
+        )
+
+    def is_right_candidate(self, facts: Facts) -> bool:
+        """Whether what an earlier call left is a part of the file that the source has now."""
+        head = self.candidate.head if self.candidate is not None else None
+        if head is None or facts.nbytes is None or head.nbytes != facts.nbytes:
+            return False
+        can_tell = facts.validator != "" or self.download.sha256 is not None
+        return can_tell and head.validator == facts.validator
+
+    def check_size(self, facts: Facts) -> None:
+        """Raises ContentMismatch where the source has not as many bytes as were asked for."""
+        wanted = self.download.nbytes
+        if wanted is not None and facts.nbytes is not None and facts.nbytes != wanted:
+            raise ContentMismatch(
+                f"{self.download.source} must have {wanted} bytes, but has {facts.nbytes}; check "
+                "the URL and its revision"
+            )
+
+    def opened(self, task: Task, partial: Partial, span: tuple[int, int] | None) -> bool:
+        """The part is there, and the opener fetches `span` of it, or all where that is None.
+
+        False where the transfer is over, or began anew.
+        """
+        if self.is_over or self.partial is not None:
+            return False
+        self.candidate = None
+        self.partial = task.partial = partial
+        partial.users += 1
+        self._is_opening = False
+        self.whole = self._whole_is_busy = span is None
+        task.kind, task.span = ("whole", (0, 0)) if span is None else ("block", span)
+        self._missing = Ranges()
+        if partial.nbytes is not None:
+            for gap in partial.landed.gaps(0, partial.nbytes):
+                self._missing.add(*gap)
+        self._missing.remove(*task.span)
+        self.bytes_reused = partial.landed.nbytes
+        self._start_follower(partial)
+        self.changed.notify_all()
+        return True
+
+    def _start_follower(self, partial: Partial) -> None:
+        partial.users += 1
+        self._followers += 1
+        self._follow(self, partial)
+
+    def is_same(self, facts: Facts) -> bool:
+        """Whether an answer is about the file whose part is held."""
+        head = self.partial.head if self.partial is not None else None
+        return head is not None and (facts.nbytes, facts.validator) == (
+            head.nbytes,
+            head.validator,
+        )
+
+    def become_whole(self, task: Task) -> bool:
+        """A server that ignores ranges sends all: one such answer is used, the others are not."""
+        if self.partial is not task.partial or self.is_over or self._whole_is_busy:
+            return False
+        self._return(task)
+        self.whole = self._whole_is_busy = True
+        task.kind = "whole"
+        return True
+
+    # -- arriving --------------------------------------------------------------------------------
+
+    def landed(self, partial: Partial, start: int, end: int) -> None:
+        """These bytes are written and journalled."""
+        partial.landed.add(start, end)
+        if partial is not self.partial:
+            return
+        self._missing.remove(start, end)
+        self._landed_since += end - start
+        if self._landed_since >= self._limits.block_bytes:
+            self._landed_since = self._failures = 0
+        self.changed.notify_all()
+
+    def settle(self, partial: Partial, nbytes: int) -> None:
+        """The end of a file came whose size was not told."""
+        partial.head = replace(partial.head, nbytes=nbytes)
+        self.changed.notify_all()
+
+    def tell_progress(self) -> None:
+        """Call the user's callback. Without the lock: it may take its time, or raise."""
+        if self._limits.progress is None:
+            return
+        with self._progress_lock:
+            with self.changed:
+                partial = self.partial
+                done = partial.landed.nbytes if partial is not None else 0
+                total = partial.nbytes if partial is not None else self.download.nbytes
+            if done != self._told_bytes:
+                self._told_bytes = done
+                self._limits.progress(str(self.download.path), done, total)
+
+    def is_there(self, start: int, end: int) -> bool:
+        return self.fetched is not None or (
+            self.partial is not None and self.partial.landed.covers(start, end)
+        )
+
+    # -- leaving ---------------------------------------------------------------------------------
+
+    def leave(self, task: Task, error: BaseException | None) -> None:
+        """A worker is back. Called without the lock."""
+        with self.changed:
+            self._tasks.remove(task)
+            self._return(task)
+            if error is not None and not self._is_too_late(error, task):
+                self._received(error, task)
+            self._let_go(task.partial)
+        self.wind_up()
+
+    def _is_too_late(self, error: BaseException, task: Task) -> bool:
+        """Whether an error concerns nobody: the part is another, or needs no source any more."""
+        if self.is_over or task.partial is not self.partial:
+            return True
+        is_complete = self.partial is not None and self.partial.is_complete
+        return is_complete and isinstance(error, Trouble | DownloadError)
+
+    def _return(self, task: Task) -> None:
+        """What the task did not bring is missing again."""
+        if task.partial is not self.partial:
+            return
+        if task.kind == "open":
+            self._is_opening = False
+        elif task.kind == "whole":
+            self._whole_is_busy = False
+        elif self.partial is not None:
+            for gap in self.partial.landed.gaps(*task.span):
+                self._missing.add(*gap)
+        self.changed.notify_all()
+
+    def _received(self, error: BaseException, task: Task) -> None:
+        if isinstance(error, Trouble):
+            self._trouble(error, task.incidents_then)
+        else:
+            self.failed(error)
+
+    def failed(self, error: BaseException) -> None:
+        """What a retry does not mend."""
+        if isinstance(error, SourceChanged):
+            self.source_changed(error)
+        elif isinstance(error, NexusError):
+            self.fail(error)
+        elif isinstance(error, Trouble):
+            self.fail(self._final(error))
+        else:
+            wrapped = DownloadError(
+                f"{self.download.source}: neither a source nor a callback may fail like this: "
+                f"{type(error).__name__}; its own error is attached"
+            )
+            wrapped.__cause__ = error
+            self.fail(wrapped)
+
+    def _trouble(self, trouble: Trouble, incidents_then: int) -> None:
+        """Count a failure, and pause. Requests that were under way together fail once."""
+        pause = trouble.retry_after_seconds
+        self.num_retries += 1
+        if incidents_then == self._incidents:
+            self._incidents += 1
+            self._failures += 1
+            if self._failures > self._limits.max_retries:
+                self.fail(self._final(trouble))
+                return
+        elif pause is None:
+            return
+        until = self._clock.now() + backoff_seconds(self._failures, pause)
+        self._not_before = max(self._not_before, until)
+
+    def _final(self, trouble: Trouble) -> DownloadError:
+        kept = "what arrived is kept" if trouble.kind in _RESUMABLE else "nothing is kept"
+        return trouble.kind(
+            f"{self.download.source} may fail {self._limits.max_retries} times in a row, but did "
+            f"once more; the last time {trouble}; check network and server, and fetch again "
+            f"({kept})"
+        )
+
+    def source_changed(self, error: SourceChanged) -> None:
+        """Start anew in another part, unless somebody has used bytes of this one."""
+        self._restarts += 1
+        if self.is_promised or self._restarts > _MAX_RESTARTS:
+            self.fail(error)
+            return
+        self.anew()
+
+    def anew(self) -> None:
+        """Throw away what has landed; earlier calls' parts too."""
+        for old in (self.partial, self.candidate):
+            if old is not None:
+                old.remove()
+                if old.users == 0:
+                    old.close()
+        for task in self._tasks:
+            if task.partial is self.partial and task.partial is not None:
+                task.line.abort()
+        self.partial = self.candidate = None
+        self.may_adopt = False
+        self.whole = self._whole_is_busy = self._is_opening = False
+        self.bytes_reused = 0
+        self.changed.notify_all()
+
+    def changed_error(self) -> SourceChanged:
+        return SourceChanged(
+            f"{self.download.source} must stay as it is while it is fetched, but another size, "
+            "ETag or date came; fetch again"
+        )
+
+    # -- ending ----------------------------------------------------------------------------------
+
+    def fail(self, error: BaseException) -> None:
+        """The first error counts; whatever is under way is cut."""
+        if not self.is_over:
+            self.error = error
+            for task in self._tasks:
+                task.line.abort()
+            self.changed.notify_all()
+
+    def finish(self, partial: Partial, sha256: str) -> None:
+        """The file is published."""
+        assert partial.nbytes is not None
+        self.fetched = Fetched(
+            self.download.path,
+            partial.nbytes,
+            sha256,
+            self.bytes_received,
+            self.bytes_reused,
+            self.num_retries,
+            self._clock.now() - self._began,
+            self.http_version,
+        )
+        for task in self._tasks:
+            task.line.abort()
+        self.changed.notify_all()
+
+    def follower_left(self, partial: Partial) -> None:
+        """Called without the lock."""
+        with self.changed:
+            self._followers -= 1
+            self._let_go(partial)
+        self.wind_up()
+
+    def _let_go(self, partial: Partial | None) -> None:
+        if partial is None:
+            return
+        partial.users -= 1
+        if partial.users == 0 and partial is not self.partial:
+            partial.close()
+
+    def wind_up(self) -> None:
+        """When the last thread has left: keep or remove the part, and tell. Without the lock."""
+        with self.changed:
+            if self.ended or not self.is_over or self._tasks or self._followers:
+                return
+            parts = [part for part in (self.partial, self.candidate) if part is not None]
+            self.partial = self.candidate = None
+            for part in parts:
+                if self._is_worth_keeping(part):
+                    part.release()
+                else:
+                    part.remove()
+                part.close()
+            self.ended = True
+            self.changed.notify_all()
+
+    def _is_worth_keeping(self, part: Partial) -> bool:
+        can_resume = part.head.validator != "" or self.download.sha256 is not None
+        return (
+            isinstance(self.error, _RESUMABLE)
+            and bool(part.landed)
+            and part.nbytes is not None
+            and can_resume
+        )

@@ -1,0 +1,529 @@
+"""Several tiers: what moves when, what nobody loses, and what is counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nexus_ext.cache import DiskTier, RemoteStore, Tier, TieredStore
+from nexus_ext.cache.level import Level
+from nexus_ext.cache.work_locks import locked
+from nexus_ext.errors import ConfigError, CorruptCheckpoint, EngineClosed, ReadError
+
+PAGE = 4096
+# A blob of one page of payload takes two: its header is a page.
+UNIT = 2 * PAGE
+CRASHED = 41
+
+
+def layer(number: int, nbytes: int = PAGE) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Callable[..., TieredStore]]:
+    """Opens stores of three tiers ("nvme", "ssd", "hdd") with room for so many pages each."""
+    opened: list[TieredStore] = []
+
+    def make(*units: int, under: str = "node", **options: Any) -> TieredStore:
+        names = ("nvme", "ssd", "hdd")[: len(units)]
+        tiers = [
+            Tier(tmp_path / under / name, number * UNIT, compress="off")
+            for name, number in zip(names, units, strict=True)
+        ]
+        opened.append(TieredStore(tiers, **options))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+def where(store: TieredStore) -> dict[str, str]:
+    """Key -> name of the folder that it lies in."""
+    return {entry.key: entry.folder.name for entry in store.entries()}
+
+
+def fill(store: TieredStore, number: int) -> None:
+    for index in range(number):
+        assert store.put(f"layer/{index}", [layer(index)]) is not None
+
+
+# -- up and down -----------------------------------------------------------------------------------
+
+
+def test_what_has_no_room_goes_down_and_is_not_lost(store: Callable[..., TieredStore]) -> None:
+    one = store(2, 2, 4)
+    fill(one, 6)
+    assert where(one) == {
+        "layer/0": "hdd",
+        "layer/1": "hdd",
+        "layer/2": "ssd",
+        "layer/3": "ssd",
+        "layer/4": "nvme",
+        "layer/5": "nvme",
+    }
+    for index in range(6):
+        loaded = one.load(f"layer/{index}")
+        assert loaded is not None
+        assert torch.equal(loaded, layer(index))
+    stats = one.stats()
+    assert (stats.demotions, stats.demoted_bytes, stats.dropped) == (6, 6 * PAGE, 0)
+    assert [tier.hits for tier in stats.tiers] == [2, 2, 2]
+    assert (stats.entries, stats.hits, stats.misses) == (6, 6, 0)
+
+
+def test_what_has_no_room_anywhere_is_dropped(store: Callable[..., TieredStore]) -> None:
+    one = store(1, 1)
+    fill(one, 3)
+    assert where(one) == {"layer/1": "ssd", "layer/2": "nvme"}
+    assert one.load("layer/0") is None
+    assert (one.stats().demotions, one.stats().dropped, one.stats().misses) == (2, 1, 1)
+
+
+def test_what_is_too_large_for_the_tier_below_is_dropped(
+    store: Callable[..., TieredStore],
+) -> None:
+    one = store(4, 1)
+    assert one.put("large", [layer(1, 3 * PAGE)]) is not None  # takes four pages
+    assert one.put("larger", [layer(2, 7 * PAGE)]) is not None  # takes eight
+    assert where(one) == {"larger": "nvme"}
+    assert (one.stats().demotions, one.stats().dropped) == (0, 1)
+
+
+@pytest.mark.parametrize("use", ["get", "load"])
+def test_the_second_use_moves_an_entry_up(store: Callable[..., TieredStore], use: str) -> None:
+    one = store(1, 4)
+    fill(one, 2)
+    assert where(one) == {"layer/0": "ssd", "layer/1": "nvme"}
+    getattr(one, use)("layer/0")
+    assert where(one)["layer/0"] == "ssd"
+    getattr(one, use)("layer/0")
+    assert where(one) == {"layer/0": "nvme", "layer/1": "ssd"}
+    loaded = one.load("layer/0")
+    assert loaded is not None
+    assert torch.equal(loaded, layer(0))
+    stats = one.stats()
+    assert (stats.promotions, stats.promoted_bytes) == (1, PAGE)
+    # layer/0 once when it was put over, and layer/1 when layer/0 came back.
+    assert (stats.demotions, stats.demoted_bytes, stats.dropped) == (2, 2 * PAGE, 0)
+    assert [tier.hits for tier in stats.tiers] == [1, 2]
+
+
+def test_a_use_in_another_process_counts_as_the_first(store: Callable[..., TieredStore]) -> None:
+    with store(1, 4) as first:
+        fill(first, 2)
+        first.get("layer/0")
+    second = store(1, 4)
+    entry = second.get("layer/0")
+    assert entry is not None
+    assert entry.folder.name == "nvme"
+    assert torch.equal(second.read(entry), layer(0))
+
+
+def test_an_entry_can_be_read_wherever_it_went(store: Callable[..., TieredStore]) -> None:
+    one = store(1, 4)
+    entry = one.put("layer/0", [layer(0)])
+    assert entry is not None
+    one.put("layer/1", [layer(1)])
+    assert where(one)["layer/0"] == "ssd"
+    assert torch.equal(one.read(entry), layer(0))
+    one.evict("layer/0")
+    with pytest.raises(ReadError, match="evicted"):
+        one.read(entry)
+
+
+def test_what_is_held_moves_nowhere(store: Callable[..., TieredStore]) -> None:
+    one = store(2, 4)
+    fill(one, 3)
+    with one.hold("layer/1") as up, one.hold("layer/0") as down:
+        assert up is not None
+        assert down is not None
+        one.put("layer/3", [layer(3)])
+        one.load("layer/0")
+        one.load("layer/0")
+        assert where(one)["layer/1"] == "nvme"
+        assert where(one)["layer/0"] == "ssd"
+        assert torch.equal(one.read(up), layer(1))
+    with one.hold("nothing") as nothing:
+        assert nothing is None
+
+
+def test_one_blob_with_two_keys_moves_with_both(store: Callable[..., TieredStore]) -> None:
+    one = store(1, 4)
+    one.put("tied/a", [layer(7)], about={"name": "a"})
+    one.put("tied/b", [layer(7)], about={"name": "b"})
+    one.put("other", [layer(8)])
+    assert where(one) == {"tied/a": "ssd", "tied/b": "ssd", "other": "nvme"}
+    one.get("tied/a")
+    entry = one.get("tied/a")
+    assert entry is not None
+    assert entry.about == {"name": "a"}
+    assert where(one) == {"tied/a": "nvme", "tied/b": "nvme", "other": "ssd"}
+
+
+def test_a_key_has_one_value_wherever_it_lies(store: Callable[..., TieredStore]) -> None:
+    one = store(1, 4)
+    fill(one, 2)
+    assert where(one)["layer/0"] == "ssd"
+    one.put("layer/0", [layer(99)])
+    loaded = one.load("layer/0")
+    assert loaded is not None
+    assert torch.equal(loaded, layer(99))
+    assert [entry.key for entry in one.entries()].count("layer/0") == 1
+
+
+def test_what_the_first_tier_refuses_the_next_takes(tmp_path: Path) -> None:
+    tiers = [
+        Tier(tmp_path / "nvme", "1GiB", write_budget_bytes_per_day=UNIT),
+        Tier(tmp_path / "hdd", "1GiB"),
+    ]
+    with TieredStore(tiers) as one:
+        fill(one, 3)
+        assert where(one) == {"layer/0": "nvme", "layer/1": "hdd", "layer/2": "hdd"}
+
+
+def test_a_smaller_budget_hands_down_when_the_store_is_opened(
+    store: Callable[..., TieredStore],
+) -> None:
+    with store(4, 8) as one:
+        fill(one, 4)
+    two = store(1, 8)
+    assert sorted(where(two).values()) == ["nvme", "ssd", "ssd", "ssd"]
+    assert two.stats().demotions == 3
+
+
+# -- damage and death ------------------------------------------------------------------------------
+
+
+def test_a_damaged_copy_is_a_miss_and_never_moves(store: Callable[..., TieredStore]) -> None:
+    one = store(1, 4)
+    fill(one, 2)
+    entry = next(entry for entry in one.entries() if entry.key == "layer/0")
+    with open(entry.path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([255 - layer(0)[-1].item()]))
+    assert one.load("layer/0") is None
+    assert one.stats().tiers[1].disk.corruptions == 1
+    assert (one.stats().misses, one.stats().hits) == (1, 0)
+    assert where(one) == {"layer/1": "nvme"}
+
+
+def test_what_is_damaged_is_not_handed_down(store: Callable[..., TieredStore]) -> None:
+    one = store(1, 4)
+    entry = one.put("layer/0", [layer(0)])
+    assert entry is not None
+    with open(entry.path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([255 - layer(0)[-1].item()]))
+    one.put("layer/1", [layer(1)])
+    assert where(one) == {"layer/1": "nvme"}
+    with pytest.raises((CorruptCheckpoint, ReadError)):
+        one.read(entry)
+
+
+def die_in_a_move(folder: Path, what: str) -> int:
+    """Exit code of a process that ends where the copy is there and the original is not gone yet."""
+    program = Path(__file__).with_name("tier_children.py")
+    command = [sys.executable, str(program), what, str(folder)]
+    return subprocess.run(command, env=os.environ | {"PYTHONSAFEPATH": "1"}, check=False).returncode
+
+
+def tiers_of(folder: Path) -> list[Tier]:
+    return [
+        Tier(folder / "nvme", UNIT, compress="off"),
+        Tier(folder / "ssd", 8 * UNIT, compress="off"),
+    ]
+
+
+def num_blobs(folder: Path) -> int:
+    return len(list(folder.rglob("*.nx")))
+
+
+def test_death_between_copy_and_end_on_the_way_down_loses_nothing(tmp_path: Path) -> None:
+    with TieredStore(tiers_of(tmp_path)) as one:
+        one.put("layer/0", [layer(0)])
+    assert die_in_a_move(tmp_path, "die-down") == CRASHED
+    assert num_blobs(tmp_path) == 2  # two copies of layer/0
+    check_that_one_copy_is_left(tmp_path)
+
+
+def test_death_between_copy_and_end_on_the_way_up_loses_nothing(tmp_path: Path) -> None:
+    with TieredStore(tiers_of(tmp_path)) as one:
+        one.put("layer/0", [layer(0)])
+        one.put("layer/1", [layer(1)])
+        one.evict("layer/1")
+        one.get("layer/0")
+        assert where(one) == {"layer/0": "ssd"}
+    assert die_in_a_move(tmp_path, "die-up") == CRASHED
+    assert num_blobs(tmp_path) == 2
+    check_that_one_copy_is_left(tmp_path)
+
+
+def check_that_one_copy_is_left(folder: Path) -> None:
+    with TieredStore(tiers_of(folder)) as one:
+        loaded = one.load("layer/0")
+        assert loaded is not None
+        assert torch.equal(loaded, layer(0))
+        assert where(one) == {"layer/0": "nvme"}
+        stats = one.stats()
+        assert (stats.entries, stats.settled) == (1, 1)
+        assert sum(tier.disk.stored_bytes for tier in stats.tiers) == UNIT
+    assert num_blobs(folder) == 1
+    assert [path for path in folder.rglob("*") if path.suffix == ".tmp"] == []
+
+
+def test_a_copy_is_not_removed_while_somebody_moves_it(tmp_path: Path) -> None:
+    """Else the mover would take the other one, and none would be left."""
+    with TieredStore(tiers_of(tmp_path)) as one:
+        for level in one._levels:
+            assert level.put("layer/0", [layer(0)]) is not None
+        with locked(one._levels[1].folder / "moves.lock"):
+            assert one.load("layer/0") is not None
+            assert num_blobs(tmp_path) == 2
+        assert one.load("layer/0") is not None
+        assert num_blobs(tmp_path) == 1
+
+
+def test_threads_that_use_the_same_keys_never_see_a_wrong_byte(
+    store: Callable[..., TieredStore],
+) -> None:
+    one = store(2, 2, 16)
+    fill(one, 8)
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(40):
+            index = int(torch.randint(0, 8, (), generator=generator))
+            loaded = one.load(f"layer/{index}")
+            if loaded is not None and not torch.equal(loaded, layer(index)):
+                wrong.append(f"layer/{index}")
+            if loaded is None:
+                one.put(f"layer/{index}", [layer(index)])
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len({entry.key for entry in one.entries()}) == len(one.entries())
+    assert one.verify().bad == ()
+
+
+# -- rates -----------------------------------------------------------------------------------------
+
+
+def test_rates_are_measured_kept_and_measured_again_when_old(
+    store: Callable[..., TieredStore], tmp_path: Path
+) -> None:
+    with store(1, 1) as one:
+        rates = [tier.rate for tier in one.stats().tiers]
+    assert all(rate is not None and rate.bytes_per_second > 0 for rate in rates)
+    assert num_blobs(tmp_path) == 0
+    assert [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"] == []
+    with store(1, 1) as two:
+        assert [tier.rate for tier in two.stats().tiers] == rates
+    with store(1, 1, max_rate_age_seconds=0) as three:
+        assert all(
+            new.rate is not None
+            and old is not None
+            and new.rate.measured_seconds > old.measured_seconds
+            for new, old in zip(three.stats().tiers, rates, strict=True)
+        )
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"bytes_per_second": 1e12}'])
+def test_a_damaged_rate_is_measured_anew(
+    store: Callable[..., TieredStore], tmp_path: Path, damage: str
+) -> None:
+    store(1).close()
+    kept = tmp_path / "node" / "nvme" / "rate.json"
+    kept.write_text(damage)
+    with store(1) as one:
+        rate = one.stats().tiers[0].rate
+    assert rate is not None
+    assert rate.bytes_per_second != 1e12
+    assert json.loads(kept.read_text())["bytes_per_second"] == rate.bytes_per_second
+
+
+def test_the_order_is_compared_with_the_rates(
+    store: Callable[..., TieredStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = store(1, 1)
+    rate = one._levels[0].rate
+    assert rate is not None
+    for first, second, is_ordered in [(2e9, 1e8, True), (1e9, 1.1e9, True), (1e8, 2e9, False)]:
+        for level, value in zip(one._levels, (first, second), strict=True):
+            monkeypatch.setattr(level, "rate", type(rate)(value, 0.0, "direct"))
+        assert one.stats().is_ordered is is_ordered
+
+
+# -- the rest of the face --------------------------------------------------------------------------
+
+
+def test_clear_verify_and_close(store: Callable[..., TieredStore]) -> None:
+    one = store(1, 1, 2)
+    fill(one, 4)
+    report = one.verify()
+    assert (report.num_blobs, report.nbytes, report.bad) == (4, 4 * PAGE, ())
+    assert one.evict("layer/0")
+    assert not one.evict("layer/0")
+    assert one.clear() == 3
+    assert one.entries() == []
+    one.close()
+    one.close()
+    with pytest.raises(EngineClosed):
+        one.get("layer/0")
+
+
+def test_a_store_wants_folders_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="got none"):
+        TieredStore([])
+    with pytest.raises(ConfigError, match="a folder of its own"):
+        TieredStore([Tier(tmp_path / "a", 1), Tier(tmp_path / "b" / ".." / "a", 1)])
+    with pytest.raises(ConfigError, match="compress"):
+        TieredStore([Tier(tmp_path / "a", 1, compress="yes")])  # type: ignore[arg-type]
+    with (
+        TieredStore([Tier(tmp_path / "a", 1)]) as one,
+        pytest.raises(ConfigError, match="under another name"),
+    ):
+        one.put("key", [layer(0)], about={"nexus.zstd": {}})
+    with (
+        DiskTier(tmp_path / "other", "1MiB") as other,
+        TieredStore([Tier(tmp_path / "a", 1)]) as one,
+    ):
+        entry = other.put("key", [layer(0)])
+        assert entry is not None
+        with pytest.raises(ConfigError, match="has its folder"):
+            one.read(entry)
+
+
+# -- two nodes -------------------------------------------------------------------------------------
+
+
+def test_two_nodes_share_what_one_of_them_fetched(
+    store: Callable[..., TieredStore], tmp_path: Path
+) -> None:
+    url = f"file://{tmp_path}/shared"
+    first = store(8, under="a", remote=RemoteStore(url, compress="off"), publish=True)
+    fill(first, 6)
+    published = first.stats()
+    assert published.remote is not None
+    assert (published.published, published.remote.puts) == (6, 6)
+    second = store(8, under="b", remote=RemoteStore(url, compress="off"))
+    for _ in range(2):
+        for index in range(6):
+            loaded = second.load(f"layer/{index}")
+            assert loaded is not None
+            assert torch.equal(loaded, layer(index))
+    stats = second.stats()
+    assert stats.remote is not None
+    # Every byte came over the wire once, with 32 bytes of head for each object.
+    assert stats.remote.wire_bytes_in == published.remote.wire_bytes_out == 6 * (PAGE + 32)
+    assert (stats.fetched, stats.fetched_bytes) == (6, 6 * PAGE)
+    assert (stats.hits, stats.misses, stats.hit_rate) == (6, 6, 0.5)
+    assert second.load("layer/none") is None
+
+
+def test_threads_that_want_the_same_layer_fetch_it_once(
+    store: Callable[..., TieredStore], tmp_path: Path
+) -> None:
+    url = f"file://{tmp_path}/shared"
+    RemoteStore(url).publish("layer/0", [layer(0)])
+    one = store(8, remote=RemoteStore(url))
+    found: list[torch.Tensor | None] = []
+    threads = [threading.Thread(target=lambda: found.append(one.load("layer/0"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(payload is not None and torch.equal(payload, layer(0)) for payload in found)
+    stats = one.stats()
+    assert stats.remote is not None
+    assert (len(found), stats.fetched, stats.remote.hits) == (4, 1, 1)
+
+
+def test_two_processes_of_a_node_fetch_a_layer_once(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/shared"
+    publisher = RemoteStore(url)
+    for index in range(6):
+        publisher.publish(f"layer/{index}", [layer(index)])
+    program = Path(__file__).with_name("tier_children.py")
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(program), "load", str(tmp_path / "node"), url],
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    told = [json.loads(child.communicate()[0]) for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert [one["right"] for one in told] == [6, 6]
+    assert sum(one["fetched"] for one in told) == 6
+    assert sum(one["plain_bytes_in"] for one in told) == 6 * PAGE
+
+
+def test_two_processes_that_move_the_same_entries_never_see_a_wrong_byte(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("tier_children.py")
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(program), "together", str(tmp_path), str(seed)],
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
+            stdout=subprocess.PIPE,
+        )
+        for seed in range(2)
+    ]
+    told = [json.loads(child.communicate()[0]) for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert all(one["found"] > 0 and one["wrong"] == one["corruptions"] == 0 for one in told)
+    names = ("nvme", "ssd", "hdd")
+    with TieredStore([Tier(tmp_path / name, 3 * UNIT, compress="off") for name in names]) as one:
+        assert one.verify().bad == ()
+        assert len({entry.key for entry in one.entries()}) == len(one.entries())
+        assert sum(tier.disk.stored_bytes for tier in one.stats().tiers) <= 9 * UNIT
+
+
+def test_what_is_fetched_lands_in_out_and_another_out_is_refused(
+    store: Callable[..., TieredStore], tmp_path: Path
+) -> None:
+    url = f"file://{tmp_path}/shared"
+    RemoteStore(url).publish("layer/0", [layer(0)], kind="expert", about={"is": "small"})
+    one = store(8, remote=RemoteStore(url))
+    with pytest.raises(ConfigError, match="out must be"):
+        one.load("layer/0", torch.empty(3, dtype=torch.uint8))
+    out = torch.empty(PAGE, dtype=torch.uint8)
+    assert one.load("layer/0", out) is not None
+    assert torch.equal(out, layer(0))
+    entry = one.get("layer/0")
+    assert entry is not None
+    assert (entry.kind, entry.about) == ("expert", {"is": "small"})
+
+
+def test_a_store_without_room_serves_what_it_fetches(
+    store: Callable[..., TieredStore], tmp_path: Path
+) -> None:
+    url = f"file://{tmp_path}/shared"
+    RemoteStore(url).publish("large", [layer(0, 3 * PAGE)])
+    one = store(1, remote=RemoteStore(url))
+    loaded = one.load("large")
+    assert loaded is not None
+    assert torch.equal(loaded, layer(0, 3 * PAGE))
+    assert one.get("large") is None
+    assert one.entries() == []
+
+
+def test_a_level_is_a_disk_tier() -> None:
+    assert issubclass(Level, DiskTier)

@@ -1,0 +1,257 @@
+"""Models that come from a hub or a URL: what is fetched, what is checked, what is asked again."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import nexus_ext as nexus
+from nexus_ext.cli import app
+from nexus_ext.demo import make_llama
+from nexus_ext.errors import (
+    CheckpointFormatError,
+    ConfigError,
+    ContentMismatch,
+    SourceMissing,
+    SourceUnavailable,
+)
+from nexus_ext.hub import fetch, locate
+from tests.hub_server import COMMIT, HubServer
+
+NAME = "org/tiny"
+TINY = {"num_blocks": 3, "hidden": 64, "intermediate": 96, "vocabulary": 128}
+PROMPT = torch.tensor([[1, 5, 9, 2]])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "llama"
+    make_llama(path, **TINY)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    files = {file.name: file.read_bytes() for file in llama.iterdir()}
+    server = HubServer(NAME, files)
+    server.files |= {"README.md": b"# no weights", "evil.bin": b"pickle"}
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield server
+    server.close()
+
+
+def weights(hub: HubServer) -> int:
+    return len(hub.files["model.safetensors"])
+
+
+def test_a_hub_id_streams_and_the_bytes_come_once(hub: HubServer, llama: Path) -> None:
+    with nexus.from_pretrained(llama) as model, torch.inference_mode():
+        want = model(PROMPT).logits
+    for _ in range(2):
+        with nexus.from_pretrained(NAME) as model, torch.inference_mode():
+            assert torch.equal(model(PROMPT).logits, want)
+    assert hub.sent["model.safetensors"] == weights(hub)
+    assert hub.asked["info"] == 1, "a model that was fetched is not asked for again"
+
+
+def test_it_lies_as_the_hubs_own_library_would_have_it(hub: HubServer) -> None:
+    report = fetch(NAME)
+    from huggingface_hub import snapshot_download
+
+    assert report.path == Path(snapshot_download(NAME, local_files_only=True))
+    assert report.path.name == report.revision == COMMIT
+    wanted = {name: data for name, data in hub.files.items() if not name.endswith((".md", ".bin"))}
+    assert {file.name for file in report.path.iterdir()} == wanted.keys()
+    for file in report.path.iterdir():
+        assert file.is_symlink()
+        assert file.read_bytes() == hub.files[file.name]
+    assert (report.path.parents[1] / "refs" / "main").read_text() == COMMIT
+    nbytes = sum(map(len, wanted.values()))
+    assert (report.nbytes, report.bytes_received, report.bytes_present) == (nbytes, nbytes, 0)
+
+
+def test_fetching_again_asks_and_receives_nothing(hub: HubServer) -> None:
+    fetch(NAME)
+    num_files = hub.asked["file"]
+    again = fetch(NAME)
+    assert (again.bytes_received, again.bytes_present) == (0, again.nbytes)
+    assert (hub.asked["info"], hub.asked["file"]) == (2, num_files)
+
+
+def test_what_others_fetched_is_not_fetched_again(hub: HubServer) -> None:
+    path = fetch(NAME).path
+    (path / "config.json").resolve().unlink()
+    report = fetch(NAME)
+    assert report.bytes_received == len(hub.files["config.json"])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_the_right_size_with_the_wrong_bytes_is_refused(hub: HubServer, file: str) -> None:
+    data = bytearray(hub.files[file])
+    data[len(data) // 2] ^= 1
+    hub.lies[file] = bytes(data)
+    with pytest.raises(ContentMismatch):
+        fetch(NAME)
+    hub.lies.clear()
+    report = fetch(NAME)
+    assert (report.path / file).read_bytes() == hub.files[file]
+
+
+def test_damage_on_the_disk_is_found_when_asked(hub: HubServer) -> None:
+    path = (fetch(NAME).path / "model.safetensors").resolve()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert fetch(NAME).bytes_received == 0, "the size is right"
+    assert fetch(NAME, verify=True).bytes_received == len(data)
+    assert path.read_bytes() == hub.files["model.safetensors"]
+
+
+@pytest.mark.parametrize("evil", ["../../escaped.json", "/etc/escaped.json", "a\\b.json"])
+def test_a_file_that_would_leave_the_folder_is_refused(
+    hub: HubServer, evil: str, tmp_path: Path
+) -> None:
+    hub.listed["config.json"] = evil
+    with pytest.raises(CheckpointFormatError, match="path inside"):
+        fetch(NAME)
+    assert not list(tmp_path.rglob("escaped.json"))
+
+
+def test_without_the_hub_what_is_here_is_used(
+    hub: HubServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = fetch(NAME).path
+    hub.status = 503
+    with caplog.at_level(logging.WARNING, "nexus_ext"):
+        assert fetch(NAME).path == path
+    assert "cache has it" in caplog.text
+    assert locate(NAME) == path
+
+
+def test_a_hub_that_cannot_be_reached_is_a_typed_error(hub: HubServer) -> None:
+    hub.status = 503
+    with pytest.raises(SourceUnavailable):
+        fetch(NAME)
+    hub.close()
+    with pytest.raises(SourceUnavailable):
+        fetch(NAME)
+
+
+def test_an_id_that_nobody_knows(hub: HubServer) -> None:
+    hub.status = 404
+    with pytest.raises(ConfigError, match="org/tiny"):
+        fetch(NAME)
+    with pytest.raises(ConfigError, match="folder, a URL or a hub id"):
+        fetch("a/b/c")
+
+
+def test_the_token_goes_to_the_hub_and_into_no_message(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    hub.lies["model.safetensors"] = b"\0" * weights(hub)
+    with caplog.at_level(logging.DEBUG, "nexus_ext"), pytest.raises(ContentMismatch) as refused:
+        fetch(NAME)
+    assert hub.tokens == {"Bearer hf_verysecret"}
+    assert "verysecret" not in caplog.text + str(refused.value)
+
+
+# -- URLs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(llama: Path) -> Iterator[Any]:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for file in llama.iterdir():
+        memory.pipe(f"/bucket/llama/{file.name}", file.read_bytes())
+    yield memory
+    memory.rm("/bucket", recursive=True)
+
+
+def test_a_folder_behind_any_url_streams(bucket: Any, llama: Path) -> None:
+    with nexus.from_pretrained(llama) as model, torch.inference_mode():
+        want = model(PROMPT).logits
+    with nexus.from_pretrained("memory://bucket/llama") as model, torch.inference_mode():
+        assert torch.equal(model(PROMPT).logits, want)
+    bucket.rm("/bucket/llama/model.safetensors")
+    with nexus.from_pretrained("memory://bucket/llama") as model, torch.inference_mode():
+        assert torch.equal(model(PROMPT).logits, want), "it is here"
+
+
+def test_one_file_behind_a_url(hub: HubServer) -> None:
+    url = f"{hub.url}/{NAME}/resolve/{COMMIT}/model.safetensors?signature=secret"
+    path = locate(url)
+    assert path.read_bytes() == hub.files["model.safetensors"]
+    assert "secret" not in str(path)
+
+
+def test_shards_behind_a_url(bucket: Any, llama: Path) -> None:
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    bucket.pipe("/bucket/sharded/model.safetensors.index.json", json.dumps(index).encode())
+    for name in ("one", "two"):
+        bucket.pipe(f"/bucket/sharded/{name}.safetensors", name.encode())
+    report = fetch("memory://bucket/sharded")
+    assert sorted(file.name for file in report.path.iterdir()) == [
+        "model.safetensors.index.json",
+        "one.safetensors",
+        "two.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("name", ["../up.safetensors", "a/b.safetensors", "..", 3, ""])
+def test_an_index_cannot_name_files_elsewhere(bucket: Any, name: Any) -> None:
+    index = json.dumps({"weight_map": {"a": name}}).encode()
+    bucket.pipe("/bucket/evil/model.safetensors.index.json", index)
+    with pytest.raises(CheckpointFormatError, match="plain files"):
+        fetch("memory://bucket/evil")
+
+
+def test_a_url_without_weights(bucket: Any) -> None:
+    with pytest.raises(SourceMissing):
+        fetch("memory://bucket/nothing")
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_nexus_fetch_says_where_it_lies(hub: HubServer, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["fetch", NAME, "--json", str(tmp_path / "report.json")])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert Path(report["path"]) == locate(NAME)
+    assert report["bytes_received"] == report["nbytes"]
+
+
+def test_a_second_run_fetches_nothing_and_converts_nothing(
+    hub: HubServer, nexus_home: Path, tmp_path: Path
+) -> None:
+    asked = ["run", NAME, "--prompt", "w1 w2", "--weights", "nf4", "--max-new-tokens", "4"]
+    first = CliRunner().invoke(app, asked, catch_exceptions=False)
+    assert first.exit_code == 0, first.output
+    [packed] = (nexus_home / "converted").glob("*/*.index.json")
+    made = {file: file.stat().st_mtime_ns for file in packed.parent.iterdir()}
+    counts = dict(hub.asked)
+    hub.close()
+    second = CliRunner().invoke(app, asked, catch_exceptions=False)
+    assert second.exit_code == 0, second.output
+    assert second.stdout == first.stdout
+    assert dict(hub.asked) == counts
+    assert {file: file.stat().st_mtime_ns for file in packed.parent.iterdir()} == made
