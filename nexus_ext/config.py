@@ -40,8 +40,9 @@ class StreamConfig:
             behind; "mmap" lives in it; "gds" reads into a GPU's memory through kvikio; "auto" looks
             at the cache, at free memory and at what kvikio can do.
         lookahead: Groups fetched ahead of the one in use, or "auto".
-        ram_budget: Bytes of host memory for staging and, when weights stream to a GPU, for groups
-            that stay in page-locked RAM; or "auto": 24 chunks, and on a GPU half of what is free.
+        ram_budget: Bytes of host memory for staging and for groups that stay in RAM: page-locked
+            where weights stream to a GPU, else shared by all processes of the user; or "auto": 24
+            chunks, and on a GPU half of what is free.
         verify: Compare groups with recorded digests: "off", at the "first" landing, or "always".
         prefault: Bring mapped pages in at the start ("mmap" only); "auto" when they fit in memory.
         depth: Reads in flight; None is the reader's default.
