@@ -36,7 +36,7 @@ Device = Annotated[str, typer.Option(help="Where the model computes: cpu, cuda o
 Io = Annotated[str, typer.Option(help="direct, buffered, mmap, gds or auto.")]
 Lookahead = Annotated[str, typer.Option(help="Groups fetched ahead, or auto.")]
 RamBudget = Annotated[
-    str, typer.Option(help="Host bytes for staging and for groups kept in RAM (shared memory); auto.")
+    str, typer.Option(help="Host bytes for staging and for groups kept in RAM; auto.")
 ]
 Verify = Annotated[str, typer.Option(help="off, first or always.")]
 Prefault = Annotated[
