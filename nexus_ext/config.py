@@ -3,6 +3,8 @@
 NEXUS_PREFAULT  on | off | auto (1 and 0 too): overrides the default of `prefault`
 NEXUS_HOME      folder for what nexus keeps: recorded digests, packed models, the demo's model, the
                 cache
+NEXUS_CACHE_BYTES  what the cache may take of its disk ("50GB"); without it, what the disk has
+NEXUS_STORE     URL of a store that nodes share: packed models are looked for there, and put there
 NEXUS_POISON    1 fills freed arenas with NaN bytes: a wrong read cannot pass unseen
 """
 
@@ -17,7 +19,17 @@ from typing import Literal, cast, get_args
 from nexus_ext.errors import ConfigError
 from nexus_ext.memory import parse_bytes
 
-__all__ = ["IoMode", "Predict", "Prefault", "StreamConfig", "Verify", "cache_folder", "home_folder"]
+__all__ = [
+    "IoMode",
+    "Predict",
+    "Prefault",
+    "StreamConfig",
+    "Verify",
+    "cache_bytes",
+    "cache_folder",
+    "home_folder",
+    "store_url",
+]
 
 IoMode = Literal["auto", "direct", "buffered", "mmap", "gds"]
 Verify = Literal["off", "first", "always"]
@@ -27,6 +39,8 @@ ExpertDevice = Literal["auto", "cpu"]
 
 # A read smaller than the largest alignment unit cannot be cut.
 _SMALLEST_CHUNK_BYTES = 64 << 10
+# The disk's own.
+_NO_LIMIT_BYTES = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -200,3 +214,14 @@ def home_folder() -> Path:
 def cache_folder() -> Path:
     """Where the cache is when nobody names another folder."""
     return home_folder() / "cache"
+
+
+def cache_bytes() -> int:
+    """What may be kept there."""
+    asked = os.environ.get("NEXUS_CACHE_BYTES")
+    return _NO_LIMIT_BYTES if not asked else parse_bytes(asked)
+
+
+def store_url() -> str | None:
+    """Where nodes share what they made; None where they do not."""
+    return os.environ.get("NEXUS_STORE") or None

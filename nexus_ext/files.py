@@ -9,8 +9,13 @@ from pathlib import Path
 __all__ = ["write_whole"]
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
     """Temporary file, flush to disk, rename, flush the folder. Makes the folder.
+
+    Args:
+        path: Where it will be.
+        text: All of it.
+        mode: Permissions.
 
     Raises:
         OSError: The disk would not take it; then there is no temporary either.
@@ -19,6 +24,7 @@ def write_whole(path: Path, text: str) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w") as file:
+            os.fchmod(descriptor, mode)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -83,7 +83,7 @@ def choose(
     # Of files that still arrive there is nothing to measure yet.
     if not streams or checkpoint.arrival is not None:
         return Choice(_within_ram_budget(mode, config), reason, Rates())
-    path = str(max(checkpoint.files, key=lambda file: file.stamp.size).path)
+    path = max(checkpoint.files, key=lambda file: file.stamp.size).reach
     if device.is_host:
         mode = _within_ram_budget(mode, config)
         rates = Rates(_disk_rate(path, mode))
@@ -100,7 +100,7 @@ def _choose_io(checkpoint: Checkpoint, device: Device, available: int) -> tuple[
     if checkpoint.arrival is not None:
         return "direct", "auto: the files still arrive"
     nbytes = sum(file.stamp.size for file in checkpoint.files)
-    cached = sum(max(0, cached_bytes(str(file.path))) for file in checkpoint.files)
+    cached = sum(max(0, cached_bytes(file.reach)) for file in checkpoint.files)
     fits, _ = should_prefault("auto", nbytes, available)
     share = f"{format_bytes(cached)} of {format_bytes(nbytes)} are in the page cache"
     if fits and cached >= _MOSTLY_CACHED * nbytes:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ from torch import nn
 
 from nexus_ext.arriving import Inbound
 from nexus_ext.checkpoint import Checkpoint
-from nexus_ext.config import StreamConfig, home_folder
+from nexus_ext.config import StreamConfig
 from nexus_ext.conversion import Conversion
 from nexus_ext.device import Device
 from nexus_ext.errors import ConfigError, MissingExtra
@@ -28,11 +28,13 @@ from nexus_ext.experts.find import find_experts
 from nexus_ext.hub import arrive, locate
 from nexus_ext.layout import lay_out
 from nexus_ext.module import stream
+from nexus_ext.packed_store import open_packed
 from nexus_ext.plan import Plan
 from nexus_ext.quant.config import QuantConfig, config_of
 from nexus_ext.quant.convert import PackedModule, convert_checkpoint
 from nexus_ext.quant.formats import PackedWeights
 from nexus_ext.quant.gguf_file import GGUFCheckpoint, open_checkpoint
+from nexus_ext.quant.shards import Shards
 from nexus_ext.streamer import Progress, plan_groups
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger("nexus_ext")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def from_pretrained(
@@ -91,9 +94,10 @@ def from_pretrained(
             path, checkpoint, model = _opened_inbound(source, model_class)
         else:
             path = locate(name) if source is None else source
-            if weights is not None:
-                path = _converted(path, config_of(weights), model_class, groups, progress)
-            checkpoint = open_checkpoint(path)
+            if weights is None:
+                checkpoint = open_checkpoint(path)
+            else:
+                path, checkpoint = _packed(path, config_of(weights), model_class, groups, progress)
             model = build_empty(path, checkpoint, model_class)
         rename = renaming(model, checkpoint)
         _report_unused(model, checkpoint, rename)
@@ -198,8 +202,20 @@ def convert(
         QuantizationError: A weight that is not finite, or of integers or float8.
         WriteError: The disk would not take it.
     """
-    config = config_of(weights)
-    path = locate(name)
+    return _convert(
+        locate(name), Path(folder), config_of(weights), model_class, groups, None, progress
+    )
+
+
+def _convert(
+    path: Path,
+    folder: Path,
+    config: QuantConfig,
+    model_class: str | type[nn.Module] | None,
+    groups: str | Iterable[str] | None,
+    shards: Shards | None,
+    progress: Progress | None,
+) -> list[PackedModule]:
     checkpoint = open_checkpoint(path)
     model = build_empty(path, checkpoint, model_class)
     rename = renaming(model, checkpoint)
@@ -210,34 +226,41 @@ def convert(
         model,
         checkpoint,
         moved,
-        Path(folder),
+        folder,
         config,
         experts=experts,
         rename=rename,
+        shards=shards,
         progress=progress,
     )
 
 
-def _converted(
+def _packed(
     path: Path,
     config: QuantConfig,
     model_class: str | type[nn.Module] | None,
     groups: str | list[str] | None,
     progress: Progress | None,
-) -> Path:
-    """The folder of this model, packed; made if it is not there, by one process at a time."""
+) -> tuple[Path, Checkpoint]:
+    """This model, packed: what describes it, and its shards in the cache; made where missing."""
     described = path / "config.json"
     about = described.read_text() if described.exists() else ""
-    asked = repr((Checkpoint.open(path).fingerprint, about, config, groups))
+    asked = repr((_identity(open_checkpoint(path)), about, config, groups))
     key = hashlib.sha256(asked.encode()).hexdigest()[:16]
-    folder = home_folder() / "converted" / f"{path.name}-{key}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f"{folder.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "model.safetensors.index.json").exists():
-            _log.info("packing %s into %s", path, folder)
-            convert(path, folder, config, model_class=model_class, groups=groups, progress=progress)
-    return folder
+
+    def pack(folder: Path, shards: Shards) -> None:
+        _log.info("packing %s into the cache", path)
+        _convert(path, folder, config, model_class, groups, shards, progress)
+
+    return open_packed(f"{path.name}-{key}", pack)
+
+
+def _identity(checkpoint: Checkpoint) -> str:
+    """Names the bytes. In the hub's layout files are called by what is in them, on every node."""
+    names = [file.path.name for file in checkpoint.files]
+    if all(_SHA256.fullmatch(name) for name in names):
+        return json.dumps([(file.path.name, file.stamp.size) for file in checkpoint.files])
+    return checkpoint.fingerprint
 
 
 def build_empty(

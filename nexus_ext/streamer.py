@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import astuple, replace
+from pathlib import Path
 
 import torch
 
@@ -300,6 +301,8 @@ class Streamer:
             self._arrival.close()
         if self._shared is not None:
             self._shared.close()
+        if self._checkpoint.lease is not None:
+            self._checkpoint.lease.close()
 
     # -- setting up --------------------------------------------------------------------------
 
@@ -341,7 +344,7 @@ class Streamer:
     def _open_gds(self) -> GdsServer:
         files = self._checkpoint.files
         return GdsServer(
-            [file.path for file in files],
+            [Path(file.reach) for file in files],
             [astuple(file.stamp) for file in files],
             self._arenas,
             self.engine.take_read,

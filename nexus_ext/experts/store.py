@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -224,7 +225,7 @@ class ExpertStore:
     def _open_gds(self) -> GdsServer:
         files = self._checkpoint.files
         return GdsServer(
-            [file.path for file in files],
+            [Path(file.reach) for file in files],
             [astuple(file.stamp) for file in files],
             self._arenas,
             self.engine.take_read,

@@ -114,7 +114,7 @@ def _fail(
 
 def _bytes_of(checkpoint: Checkpoint, entry: Entry) -> bytes:
     """The few bytes of a description."""
-    with open(checkpoint.files[entry.file].path, "rb") as file:
+    with open(checkpoint.files[entry.file].reach, "rb") as file:
         data = os.pread(file.fileno(), entry.nbytes, entry.offset)
     if len(data) != entry.nbytes:
         _fail(checkpoint, entry, f"A file must hold the {entry.nbytes} bytes of it", len(data))
