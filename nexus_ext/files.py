@@ -9,12 +9,12 @@ from pathlib import Path
 __all__ = ["write_whole"]
 
 
-def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
+def write_whole(path: Path, content: str | bytes, mode: int = 0o600) -> None:
     """Temporary file, flush to disk, rename, flush the folder. Makes the folder.
 
     Args:
         path: Where it will be.
-        text: All of it.
+        content: All of it.
         mode: Permissions.
 
     Raises:
@@ -23,9 +23,9 @@ def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

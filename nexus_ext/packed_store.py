@@ -10,6 +10,7 @@ evicted meanwhile is packed again, that alone.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import weakref
@@ -25,13 +26,16 @@ from nexus_ext.cache.blob import open_blob, read_header
 from nexus_ext.cache.work_locks import locked
 from nexus_ext.checkpoint import Checkpoint, Place
 from nexus_ext.config import cache_bytes, cache_folder, home_folder, store_url
-from nexus_ext.errors import CorruptCheckpoint, ReadError, WriteError
+from nexus_ext.errors import CheckpointFormatError, CorruptCheckpoint, ReadError, WriteError
+from nexus_ext.files import write_whole
 from nexus_ext.quant.shards import Report, Shards, safetensors_parts
 
 __all__ = ["StoredShards", "open_packed"]
 
-KIND = "packed"
+_KIND = "packed"
 _INDEX = "model.safetensors.index.json"
+# Under it all that is in the folder, for nodes that have no such folder yet.
+_DESCRIPTION = "description"
 
 Store: TypeAlias = "DiskTier | TieredStore"
 
@@ -62,7 +66,9 @@ class StoredShards:
             WriteError: The cache would not take it.
         """
         about = {"report": report}
-        entry = self._store.put(self._key(name), safetensors_parts(tensors), kind=KIND, about=about)
+        entry = self._store.put(
+            self._key(name), safetensors_parts(tensors), kind=_KIND, about=about
+        )
         if entry is None or self.find(name) is None:
             raise WriteError(
                 f"The cache in {cache_folder()} must take the packed weights, and would not: "
@@ -94,6 +100,22 @@ class StoredShards:
         self._places[name] = Place(entry.path, start, descriptor)
         return entry
 
+    def describe(self, folder: Path) -> None:
+        """Keep what describes the model, for other nodes; that it cannot be kept is no error."""
+        paths = sorted(path for path in folder.iterdir() if path.is_file())
+        files = {path.name: base64.b64encode(path.read_bytes()).decode() for path in paths}
+        text = json.dumps(files).encode()
+        self._store.put(self._key(_DESCRIPTION), [text], kind=_KIND)
+
+    def restore(self, folder: Path) -> None:
+        """Write what describes the model, if another node has kept it."""
+        text = self._store.load(self._key(_DESCRIPTION))
+        if text is None:
+            return
+        files = _parse_description(bytes(text.tolist()), self._model)
+        for name in sorted(files, key=lambda name: name == _INDEX):  # that one comes last
+            write_whole(folder / name, files[name])
+
     def place(self, name: str) -> Place:
         """Where a shard lies that was found."""
         return self._places[name]
@@ -111,8 +133,8 @@ class StoredShards:
 
 
 def open_packed(
-    folder_name: str, convert: Callable[[Path, Shards], object]
-) -> tuple[Path, Checkpoint]:
+    folder_name: str, convert: Callable[[Path, Shards], object] | None
+) -> tuple[Path, Checkpoint] | None:
     """The packed model of this name; packed now where it is not there, by one process at a time.
 
     Its shards stay in the cache as long as the checkpoint is in use.
@@ -120,9 +142,10 @@ def open_packed(
     Args:
         folder_name: Names source and configuration.
         convert: Writes what describes the model into a folder, and the shards that are missing.
+            None: what is not here, nor in the store of the nodes, is not made.
 
     Returns:
-        The folder, and the checkpoint over the shards.
+        The folder, and the checkpoint over the shards; None where it is not made.
 
     Raises:
         WriteError: There is no room.
@@ -133,8 +156,13 @@ def open_packed(
         store = _open_store()
         held.callback(store.close)
         shards = StoredShards(store, folder_name, held)
+        if not (folder / _INDEX).exists():
+            shards.restore(folder)
         if not _is_complete(folder / _INDEX, shards):
+            if convert is None:
+                return None
             convert(folder, shards)
+            shards.describe(folder)
         checkpoint = Checkpoint.open_within(folder / _INDEX, shards.place, _Lease(held))
     return folder, checkpoint
 
@@ -161,6 +189,25 @@ def _is_complete(index: Path, shards: StoredShards) -> bool:
         return False
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     return None not in [shards.find(name) for name in names]
+
+
+def _parse_description(text: bytes, model: str) -> dict[str, bytes]:
+    """Files by name. Another node wrote it."""
+    try:
+        files = {name: base64.b64decode(data) for name, data in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _strange(model, str(error)) from error
+    for name in files:
+        if Path(name).name != name or not name.isprintable():
+            raise _strange(model, f"it names {name!r}")
+    return files
+
+
+def _strange(model: str, what: str) -> CheckpointFormatError:
+    return CheckpointFormatError(
+        f"A packed model is described by plain files; the description of {model} in the cache or "
+        f"the nodes' store is another: {what}. Remove it there, or leave NEXUS_STORE out."
+    )
 
 
 def _why_not(store: Store) -> str:

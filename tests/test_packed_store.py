@@ -53,8 +53,9 @@ def tier(home: Path) -> DiskTier:
 
 
 def entries(home: Path) -> dict[str, Entry]:
+    """The shards."""
     with tier(home) as cache:
-        return {entry.key: entry for entry in cache.entries()}
+        return {e.key: e for e in cache.entries() if e.key.endswith(".safetensors")}
 
 
 def stored_bytes(home: Path) -> int:
@@ -285,7 +286,7 @@ with nexus_ext.from_pretrained(sys.argv[1], weights="int8") as model:
         printed = list(pool.map(lambda _: run_python(script, plain).strip(), range(2)))
     assert printed == [str(NUM_LAYERS)] * 2
     with tier(nexus_home) as cache:
-        assert cache.totals()["puts"] == NUM_SHARDS
+        assert cache.totals()["puts"] == NUM_SHARDS + 1, "and a description"
 
 
 # -- nodes -----------------------------------------------------------------------------------------
@@ -326,8 +327,9 @@ def test_what_one_node_packed_another_one_finds(
             fetched.append(stats.fetched_bytes)
     assert torch.equal(*answers)
     size = sum(entry.nbytes for entry in entries(tmp_path / "home1").values())
-    assert written == [NUM_SHARDS, 0]
-    assert fetched == [0, size]
+    assert written == [NUM_SHARDS + 1, 0], "and a description"
+    assert fetched[0] == 0
+    assert 0 < fetched[1] - size < 64 << 10
     record_count("packed bytes that the second node got from the first one's store", size)
     # And the third time nobody asks the store.
     shutil.rmtree(tmp_path / "store")
@@ -366,4 +368,4 @@ def test_the_command_lists_them(plain: Path, nexus_home: Path, tmp_path: Path) -
     assert done.exit_code == 0, done.output
     listed = json.loads((tmp_path / "ls.json").read_text())
     assert {entry["kind"] for entry in listed} == {"packed"}
-    assert len(listed) == NUM_SHARDS
+    assert len(listed) == NUM_SHARDS + 1, "and a description"
