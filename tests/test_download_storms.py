@@ -234,7 +234,7 @@ def test_a_kill_costs_a_chunk_at_most(
             assert set(os.listdir(tmp_path)) == {f"file{n + 1}" for n in range(rounds)}
             served = server.sent - sent_before
             assert served <= len(LARGE) + (kills - kills_before) * 4 * BLOCK
-    record_count("download kills", kills, {"files, all right in the end:": rounds})
+    record_count("download kills", kills, {"files that were right in the end": rounds})
 
 
 @pytest.mark.parametrize("flock", [True, False])
