@@ -15,7 +15,13 @@ from torch import nn
 from nexus_ext.cache.shared_folder import default_folder
 from nexus_ext.demo import make_llama
 from nexus_ext.quant import PackedLinear
-from nexus_ext.sli import IOOptimizer, LayerCache, download_from_hub, quantize_layer
+from nexus_ext.sli import (
+    ComputeIOOverlap,
+    IOOptimizer,
+    LayerCache,
+    download_from_hub,
+    quantize_layer,
+)
 from nexus_ext.sli.presets import PRESETS
 from tests.conftest import PATIENCE_SECONDS
 
@@ -195,6 +201,15 @@ def test_with_prefetch_there_are_threads_until_the_end(
             one_pass(optimizer, llama, weights)
             assert new_threads() != []
         assert new_threads() == []
+
+
+def test_a_pipeline_fetches_ahead_even_so(tmp_path: Path, llama: Path) -> None:
+    with LayerCache(tmp_path) as cache, IOOptimizer(cache, enable_prefetch=False) as optimizer:
+        overlap = ComputeIOOverlap(optimizer, pipeline_depth=2)
+        overlap.start_pipeline(llama)
+        while overlap.get_next_layer(llama) is not None:
+            pass
+        assert optimizer.get_stats()["prefetcher"]["prefetch_issued"] == NUM_LAYERS
 
 
 # -- sizes -----------------------------------------------------------------------------------------

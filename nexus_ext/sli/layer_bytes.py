@@ -9,6 +9,7 @@ cannot be out of date.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -48,6 +49,8 @@ class LayerBytes:
         folders = "\n".join(str(folder.resolve()) for folder in options.folders)
         self.ram = RamTier(max_ram_bytes, folder=default_folder(folders), shared=shares_memory)
         self._only_in_memory: dict[str, str] = {}
+        # Who looks holds an entry for a moment, and what is held cannot be removed.
+        self._looking = threading.Lock()
 
     def keep(self, key: str, parts: Sequence[torch.Tensor], about: Mapping[str, Any]) -> None:
         """Keep a layer wherever there is room; what lay under its key goes."""
@@ -58,8 +61,7 @@ class LayerBytes:
         if entry is None:
             # What lies on disk under this key, and perhaps cannot be removed, is another layer.
             self._only_in_memory[key] = digest
-            if self.disk is not None:
-                self.disk.evict(key)
+            self._evict(key)
 
     def find(self, key: str) -> Found | None:
         """A layer, from the nearest that has it; memory keeps it then, if there is room."""
@@ -71,8 +73,7 @@ class LayerBytes:
         entry = self._look(key)
         for name in {digest, entry.digest if entry else None} - {None}:
             self.ram.evict(str(name))
-        was_on_disk = self.disk is not None and self.disk.evict(key)
-        return was_on_disk or digest is not None or entry is not None
+        return self._evict(key) or digest is not None or entry is not None
 
     def clear(self) -> None:
         """Forget all, but for what the remote store has."""
@@ -162,8 +163,12 @@ class LayerBytes:
         """What lies on disk; nothing is counted, moved or fetched."""
         if self.disk is None:
             return None
-        with self.disk.hold(key) as entry:
+        with self._looking, self.disk.hold(key) as entry:
             return entry
+
+    def _evict(self, key: str) -> bool:
+        with self._looking:
+            return self.disk is not None and self.disk.evict(key)
 
     def _read(self, entry: Entry) -> torch.Tensor | None:
         """From disk into the RAM tier, or past it; None where it cannot be believed or read."""
