@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,34 @@ def test_a_preset_takes_tiers(tmp_path: Path) -> None:
         assert isinstance(cache.disk, TieredStore)
         assert cache.ram.max_bytes == 8 * 10**9
         assert cache.folders == [tmp_path / "nvme", tmp_path / "hdd"]
+
+
+def test_threads_over_tiers_that_move_get_right_layers(make: Make, url: str) -> None:
+    """Little room above, so that every use moves something; and some layers forgotten meanwhile."""
+    cache = make(2, 3, remote=url, publish=True, max_memory_cache_size_gb=0.1)
+    fill(cache)
+    wrong: list[int] = []
+
+    def ask(start: int) -> None:
+        for step in range(40):
+            index = (start + step * (start + 1)) % NUM_LAYERS
+            if step % 5 == start:
+                cache.ram.clear()
+            if step % 7 == start:
+                cache.evict("m", index)
+            if not is_right(cache.get_layer("m", index), index):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=ask, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stats = cache.get_stats()
+    assert wrong == []
+    assert (stats["misses"], stats["ssd_corruptions"], stats["remote_refused"]) == (0, 0, 0)
+    assert stats["promotions"] > 0
+    assert stats["remote_hits"] > 0
 
 
 # -- a store of several nodes ----------------------------------------------------------------------
