@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -123,19 +122,15 @@ class LayerBytes:
         return None if payload is None or digest is None else (payload, "memory", digest)
 
     def _near(self, key: str) -> Found | None:
-        """From memory or disk. What cannot be believed or read is gone from its tier then, and a
-        slower one may have it.
-        """
-        tried: set[tuple[Path, str]] = set()
-        while (entry := self._entry(key)) is not None and (entry.folder, entry.digest) not in tried:
-            payload = self.ram.load(entry.digest)
-            if payload is not None:
-                return payload, "memory", entry.digest
-            payload = self._read(entry)
-            if payload is not None:
-                return payload, "ssd", entry.digest
-            tried.add((entry.folder, entry.digest))
-        return None
+        """From memory or disk. What cannot be believed or read is gone from its tier then."""
+        entry = self._entry(key)
+        if entry is None:
+            return None
+        payload = self.ram.load(entry.digest)
+        if payload is not None:
+            return payload, "memory", entry.digest
+        payload = self._read(entry)
+        return None if payload is None else (payload, "ssd", entry.digest)
 
     def _far(self, key: str) -> Found | None:
         """From the remote store: into a tier, and into memory."""
