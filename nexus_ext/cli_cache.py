@@ -158,8 +158,9 @@ def _print_folders(seen: list[dict[str, Any]]) -> None:
     """Where hits were, and how long they took there."""
     hits = sum(one["totals"]["hits"] for one in seen)
     table = Table()
-    for name in ("folder", "entries", "of disk", "hits", "share of hits", "average load"):
-        table.add_column(name)
+    table.add_column("folder", overflow="fold")  # where the terminal is narrow, numbers stay whole
+    for name in ("entries", "of disk", "hits", "share of hits", "average load"):
+        table.add_column(name, no_wrap=True)
     for one in seen:
         counted = one["totals"]
         share, load = _ratio(counted["hits"], hits), _load_ms(counted)
