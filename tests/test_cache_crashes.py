@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import RecordCount
+
 CHILDREN = Path(__file__).parent / "cache_children.py"
 NUM_CYCLES = 200
 
@@ -18,8 +20,8 @@ Run = Callable[..., dict[str, int]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Run:
-    """Runs the program; its counts are in the log of the tests too."""
+def run() -> Run:
+    """Runs the program; what it printed is in the log of a test that fails."""
 
     def start(*args: object) -> dict[str, int]:
         done = subprocess.run(
@@ -31,16 +33,19 @@ def run(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> R
         )
         assert done.returncode == 0, done.stderr[-3000:]
         counts: dict[str, int] = json.loads(done.stdout)
-        with capsys.disabled():
-            print(f"\n{request.node.name}: {counts}")
-        print(done.stderr[-3000:])
+        print(counts, done.stderr[-3000:])
         return counts
 
     return start
 
 
-def test_who_is_killed_loses_nothing_that_was_acknowledged(run: Run, tmp_path: Path) -> None:
+def test_who_is_killed_loses_nothing_that_was_acknowledged(
+    run: Run, tmp_path: Path, record_count: RecordCount
+) -> None:
     counts = run("kills", tmp_path, NUM_CYCLES, 17)
+    told = ("killed", "checked", "unfinished", "lost", "torn", "corrupt", "temporaries")
+    outcomes = {name: counts.get(name, 0) for name in told}
+    record_count("kill -9 cycles of the cache", counts["cycles"], outcomes)
     assert counts["cycles"] == NUM_CYCLES
     assert counts["checked"] > NUM_CYCLES
     # Some died while they wrote: else nothing was tried.
@@ -59,8 +64,12 @@ def test_who_is_killed_loses_nothing_that_was_acknowledged(run: Run, tmp_path: P
 
 
 @pytest.mark.parametrize("num_processes", [2, 8])
-def test_processes_share_the_same_keys(run: Run, tmp_path: Path, num_processes: int) -> None:
+def test_processes_share_the_same_keys(
+    run: Run, tmp_path: Path, num_processes: int, record_count: RecordCount
+) -> None:
     counts = run("together", tmp_path / "cache", num_processes, 480 // num_processes, 5)
+    outcomes = {name: counts.get(name, 0) for name in ("bad", "wrong", "over budget")}
+    record_count("processes on the same keys of the cache", counts["exit 0"], outcomes)
     assert counts["exit 0"] == num_processes
     assert counts["bad"] == counts["wrong"] == counts["over budget"] == 0
     assert counts["blobs"] > 0
