@@ -133,19 +133,19 @@ class StoredShards:
 
 
 def open_packed(
-    folder_name: str, convert: Callable[[Path, Shards], object] | None
-) -> tuple[Path, Checkpoint] | None:
+    folder_name: str, convert: Callable[[Path, Shards], object]
+) -> tuple[Path, Checkpoint]:
     """The packed model of this name; packed now where it is not there, by one process at a time.
 
     Its shards stay in the cache as long as the checkpoint is in use.
 
     Args:
         folder_name: Names source and configuration.
-        convert: Writes what describes the model into a folder, and the shards that are missing.
-            None: what is not here, nor in the store of the nodes, is not made.
+        convert: Called where something is neither here nor in the nodes' store: writes what
+            describes the model into a folder, and the shards that are missing.
 
     Returns:
-        The folder, and the checkpoint over the shards; None where it is not made.
+        The folder, and the checkpoint over the shards.
 
     Raises:
         WriteError: There is no room.
@@ -159,8 +159,6 @@ def open_packed(
         if not (folder / _INDEX).exists():
             shards.restore(folder)
         if not _is_complete(folder / _INDEX, shards):
-            if convert is None:
-                return None
             convert(folder, shards)
             shards.describe(folder)
         checkpoint = Checkpoint.open_within(folder / _INDEX, shards.place, _Lease(held))
