@@ -36,11 +36,12 @@ from nexus_ext.hub_repo import (
     list_repo,
     start_shards,
     streamable_shards,
+    weight_files,
 )
 from nexus_ext.memory import parse_bytes
 from nexus_ext.url_model import fetch_url, folder_of, start_url
 
-__all__ = ["FetchReport", "arrive", "fetch", "find_local", "locate"]
+__all__ = ["FetchReport", "Outline", "arrive", "fetch", "find_local", "locate", "outline"]
 
 _log = logging.getLogger("nexus_ext")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -72,6 +73,44 @@ class FetchReport:
     bytes_present: int
     num_retries: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model on the hub whose weights are not here.
+
+    Attributes:
+        path: The folder it will have; what describes the model is there.
+        weights: SHA-256 and bytes of each file with weights, in the order of their names.
+    """
+
+    path: Path
+    weights: tuple[tuple[str, int], ...]
+
+
+def outline(name: str | Path) -> Outline | None:
+    """What a hub id means, before its weights are fetched. Blocks for what describes it.
+
+    Returns:
+        None for paths, URLs and ids of models that are here; where nobody can be asked; and where
+        it has no checkpoint, or several.
+
+    Raises:
+        As `fetch`.
+    """
+    is_id = not _URL.match(str(name)) and not _is_no_id(name)
+    if not is_id or find_local(name) is not None or is_offline():
+        return None
+    try:
+        repo = list_repo(str(name), None)
+    except SourceUnavailable:
+        return None
+    with Downloader() as downloader:
+        fetch_descriptions(repo, downloader)
+    weights = weight_files(repo)
+    if weights is None:
+        return None
+    return Outline(repo.snapshot, tuple((file.blob, file.nbytes) for file in weights))
 
 
 def find_local(name: str | Path) -> Path | None:
