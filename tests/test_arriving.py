@@ -4,7 +4,6 @@ first comes first, and what turns out wrong is not used further.
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -16,12 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from transformers import LlamaForCausalLM
 
 import nexus_ext as nexus
-from nexus_ext import hub as hub_module
-from nexus_ext import pretrained
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.demo import make_llama
 from nexus_ext.engine import Engine, ReadMode
@@ -36,15 +32,21 @@ from nexus_ext.errors import (
     SourceUnavailable,
 )
 from nexus_ext.pretrained import plan_pretrained
+from tests.arrivals import (
+    GENEROUS_SECONDS,
+    NAME,
+    PROMPT,
+    SMALL,
+    Dam,
+    logits_of,
+    meets,
+    serve,
+    spans_of,
+    wait_for_arrivals,
+)
 from tests.hub_server import COMMIT, HubServer
 
-NAME = "org/tiny"
 TINY = {"num_blocks": 6, "hidden": 64, "intermediate": 96, "vocabulary": 128}
-PROMPT = torch.tensor([[1, 5, 9, 2]])
-# Blocks of 4 KiB, four requests at a time: a group is many of them.
-BLOCK_BYTES = 4096
-SMALL = {"max_connections": 4, "chunk_bytes": 4 * BLOCK_BYTES}
-GENEROUS_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
@@ -70,76 +72,10 @@ def budget(llama: Path) -> int:
     return plan_pretrained(llama).minimum_bytes
 
 
-def serve(
-    files: dict[str, bytes], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[HubServer]:
-    server = HubServer(NAME, files)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
-    monkeypatch.setattr(pretrained, "arrive", functools.partial(hub_module.arrive, **SMALL))
-    yield server
-    server.before = lambda file, first, end: None
-    server.close()
-    wait_for_arrivals()
-
-
 @pytest.fixture
 def hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     files = {file.name: file.read_bytes() for file in llama.iterdir()}
     yield from serve(files, tmp_path, monkeypatch)
-
-
-def wait_for_arrivals() -> None:
-    """Until nothing is on its way any more, and nobody hashes or holds a part."""
-    for thread in threading.enumerate():
-        if thread.name == "nexus-arrival" or thread.name.startswith("nexus-download"):
-            thread.join(GENEROUS_SECONDS)
-            assert not thread.is_alive()
-
-
-def logits_of(model: torch.nn.Module, prompt: torch.Tensor = PROMPT) -> torch.Tensor:
-    with torch.inference_mode():
-        logits: torch.Tensor = model(prompt).logits
-    return logits
-
-
-def spans_of(llama: Path, prefix: str) -> list[tuple[str, int, int]]:
-    """(file, first, end) of all tensors whose names begin so, as far as they fill blocks that hold
-    nothing else.
-    """
-    checkpoint = Checkpoint.open(llama)
-    found = [
-        (
-            checkpoint.files[entry.file].path.name,
-            -(-entry.offset // BLOCK_BYTES) * BLOCK_BYTES,
-            (entry.offset + entry.nbytes) // BLOCK_BYTES * BLOCK_BYTES,
-        )
-        for entry in checkpoint.entries.values()
-        if entry.name.startswith(prefix)
-    ]
-    return [(file, first, end) for file, first, end in found if first < end]
-
-
-def meets(one: tuple[str, int, int], others: list[tuple[str, int, int]]) -> bool:
-    file, first, end = one
-    return any(file == name and first < stop and start < end for name, start, stop in others)
-
-
-class Dam:
-    """Holds every answer that meets some bytes, until it is opened."""
-
-    def __init__(self, hub: HubServer, spans: list[tuple[str, int, int]]) -> None:
-        self.is_open = threading.Event()
-        self.is_reached = threading.Event()
-        self._spans = spans
-        hub.before = self._before
-
-    def _before(self, file: str, first: int, end: int) -> None:
-        if meets((file, first, end), self._spans):
-            self.is_reached.set()
-            assert self.is_open.wait(GENEROUS_SECONDS)
 
 
 def later_data(llama: Path, num_first: int) -> list[tuple[str, int, int]]:
@@ -395,16 +331,6 @@ def test_rows_wait_for_their_bytes(hub: HubServer, llama: Path) -> None:
         finally:
             dam.is_open.set()
         assert torch.equal(future.result(GENEROUS_SECONDS), want)
-
-
-def test_a_packed_model_is_fetched_whole_first(hub: HubServer, llama: Path, tmp_path: Path) -> None:
-    nexus.convert(llama, tmp_path / "packed", "nf4")
-    with nexus.from_pretrained(tmp_path / "packed") as model:
-        want = logits_of(model)
-    hub.files = {file.name: file.read_bytes() for file in (tmp_path / "packed").iterdir()}
-    with nexus.from_pretrained(NAME) as model:
-        assert not nexus.stats(model).is_arriving
-        assert torch.equal(logits_of(model), want)
 
 
 def test_what_was_begun_ends_with_an_error(hub: HubServer, want: torch.Tensor, budget: int) -> None:
