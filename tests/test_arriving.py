@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 import nexus_ext as nexus
+from nexus_ext import hub as hub_module
+from nexus_ext import pretrained
+from nexus_ext.arriving import Inbound
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.demo import make_llama
 from nexus_ext.engine import Engine, ReadMode
@@ -28,6 +31,7 @@ from nexus_ext.errors import (
     ContentMismatch,
     EngineClosed,
     EngineError,
+    NexusError,
     SourceMissing,
     SourceUnavailable,
 )
@@ -331,6 +335,99 @@ def test_rows_wait_for_their_bytes(hub: HubServer, llama: Path) -> None:
         finally:
             dam.is_open.set()
         assert torch.equal(future.result(GENEROUS_SECONDS), want)
+
+
+class Told:
+    """A gate that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.announced: set[tuple[int, int, int]] = set()
+        self.settled: dict[int, int] = {}
+        self.errors: list[NexusError] = []
+        self.has_news = threading.Event()
+
+    def announce(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        self.announced |= set(spans)
+        self.has_news.set()
+
+    def settle(self, file: int, mtime_ns: int) -> None:
+        self.settled[file] = mtime_ns
+
+    def end_arrival(self, error: NexusError) -> None:
+        self.errors.append(error)
+
+    def refuse(self, error: NexusError) -> None:
+        self.errors.append(error)
+
+
+def begin() -> Inbound:
+    source = hub_module.arrive(NAME, **SMALL)  # type: ignore[arg-type]
+    assert isinstance(source, Inbound)
+    source.open()
+    return source
+
+
+def test_a_gate_that_joins_late_is_told_what_it_missed(hub: HubServer, llama: Path) -> None:
+    source = begin()
+    early, late = Told(), Told()
+    source.feed(early, [])
+    source.wait()
+    assert not source.is_arriving
+    source.join(late)
+    sizes = [file.stamp.size for file in Checkpoint.open(llama).files]
+    assert late.announced == {(number, 0, size) for number, size in enumerate(sizes)}
+    assert late.settled == early.settled
+    assert len(late.settled) == len(sizes)
+    # Its files can still be opened, whatever stands at their paths.
+    assert [os.fstat(descriptor).st_size for descriptor in source.descriptors] == sizes
+    source.close()
+    assert not source.descriptors
+
+
+def test_a_gate_that_joins_after_a_wrong_digest_is_refused(hub: HubServer) -> None:
+    name = max(name for name in hub.files if name.endswith(".safetensors"))
+    lie = bytearray(hub.files[name])
+    lie[-1] ^= 1
+    hub.lies[name] = bytes(lie)
+    source = begin()
+    early, late = Told(), Told()
+    source.feed(early, [])
+    with pytest.raises(ContentMismatch):
+        source.wait()
+    source.join(late)
+    assert early.errors == late.errors
+    assert [type(error) for error in late.errors] == [ContentMismatch]
+    source.close()
+
+
+def test_gates_hear_the_same_from_the_moment_they_join(hub: HubServer, llama: Path) -> None:
+    dam = Dam(hub, later_data(llama, TINY["num_blocks"] - 1)[:1])
+    source = begin()
+    early, late = Told(), Told()
+    source.feed(early, [])
+    assert early.has_news.wait(GENEROUS_SECONDS)
+    source.join(late)
+    dam.is_open.set()
+    source.wait()
+    assert late.settled == early.settled
+    sizes = [file.stamp.size for file in Checkpoint.open(llama).files]
+    whole = {(number, 0, size) for number, size in enumerate(sizes)}
+    assert whole <= late.announced
+    assert whole <= early.announced
+    source.close()
+
+
+def test_options_that_need_all_of_it_are_refused_for_what_is_on_its_way(hub: HubServer) -> None:
+    source = begin_source()
+    with pytest.raises(ConfigError, match="nexus fetch"):
+        nexus.from_pretrained(source, io="mmap")
+    source.close()
+
+
+def begin_source() -> Inbound:
+    source = pretrained.source_of(NAME)
+    assert isinstance(source, Inbound)
+    return source
 
 
 def test_what_was_begun_ends_with_an_error(hub: HubServer, want: torch.Tensor, budget: int) -> None:
