@@ -52,7 +52,7 @@ QWEN = Architecture(
     "Qwen3MoeForCausalLM",
     lambda: transformers.Qwen3MoeConfig(
         **COMMON,
-        head_dim=32,
+        head_dim=128,
         num_hidden_layers=3,
         intermediate_size=64,
         moe_intermediate_size=192,
