@@ -204,7 +204,7 @@ def watch_asking(
 
 
 @pytest.mark.parametrize("subject", ["bf16"], indirect=True)
-def test_who_is_asked_for_comes_before_the_plan(hub: HubServer, subject: Subject) -> None:
+def test_who_is_waited_for_comes_before_the_plan(hub: HubServer, subject: Subject) -> None:
     """A block of the last dense group is held, and more of that group than is asked for at a time:
     nothing that is only expected comes meanwhile.
     """
