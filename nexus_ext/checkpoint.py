@@ -223,7 +223,7 @@ class Arrival(Protocol):
 
     @property
     def descriptors(self) -> Sequence[int]:
-        """Of each file, in the order of `Checkpoint.files`."""
+        """Of each file, in the order of `Checkpoint.files`, until `close`."""
 
     @property
     def is_arriving(self) -> bool: ...
@@ -231,8 +231,20 @@ class Arrival(Protocol):
     @property
     def bytes_received(self) -> int: ...
 
+    def read(self, file: int, offset: int, nbytes: int) -> bytes:
+        """A few bytes, when they are here. Blocks."""
+
     def feed(self, gate: Gate, spans: Sequence[tuple[int, int, int]]) -> None:
         """Fetch (file, offset, nbytes) in this order, then the rest, and tell the gate. Once."""
+
+    def join(self, gate: Gate) -> None:
+        """Tell another gate, too, of all that came and that comes."""
+
+    def expect(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        """These come behind what is expected so far, and before the rest. Does not block."""
+
+    def hasten(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        """Somebody waits for these: they come next. Does not block."""
 
     def close(self) -> None:
         """Fetch no more. Does not block."""

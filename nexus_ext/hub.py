@@ -80,11 +80,13 @@ class Outline:
     """A model on the hub whose weights are not here.
 
     Attributes:
-        path: The folder it will have; what describes the model is there.
+        name: Its id.
+        folder: That it will have; what describes the model is there.
         weights: SHA-256 and bytes of each file with weights, in the order of their names.
     """
 
-    path: Path
+    name: str
+    folder: Path
     weights: tuple[tuple[str, int], ...]
 
 
@@ -110,7 +112,8 @@ def outline(name: str | Path) -> Outline | None:
     weights = weight_files(repo)
     if weights is None:
         return None
-    return Outline(repo.snapshot, tuple((file.blob, file.nbytes) for file in weights))
+    facts = tuple((file.blob, file.nbytes) for file in weights)
+    return Outline(str(name), repo.snapshot, facts)
 
 
 def find_local(name: str | Path) -> Path | None:
@@ -146,7 +149,11 @@ def locate(name: str | Path, *, max_connections: int = 8, progress: Progress | N
 
 
 def arrive(
-    name: str | Path, *, max_connections: int = 8, chunk_bytes: str | int = "8MiB"
+    name: str | Path,
+    *,
+    max_connections: int = 8,
+    chunk_bytes: str | int = "8MiB",
+    progress: Progress | None = None,
 ) -> Path | Inbound:
     """As `locate`, but does not wait for weights that can be streamed while they come.
 
@@ -155,6 +162,7 @@ def arrive(
     Args:
         name: As in `locate`.
         max_connections, chunk_bytes: As in `Downloader`.
+        progress: As in `fetch`; called until all is here, or the model is closed.
 
     Returns:
         The path of what is here, or had to be fetched whole; or what is on its way, to be opened,
@@ -170,12 +178,17 @@ def arrive(
         return remembered
     url = str(name) if _URL.match(str(name)) else None
     if url is None and (len(path.parts) != 2 or is_offline()):
-        return locate(name)
-    downloader = Downloader(max_connections=max_connections, chunk_bytes=chunk_bytes)
+        return locate(name, max_connections=max_connections, progress=progress)
+    names: dict[str, str] = {}  # known when the hub has listed the files
+    downloader = Downloader(
+        max_connections=max_connections,
+        chunk_bytes=chunk_bytes,
+        progress=_named(progress, names),
+    )
     try:
         window = 2 * parse_bytes(chunk_bytes)
         inbound = (
-            _arrive_repo(str(name), downloader, window)
+            _arrive_repo(str(name), downloader, window, names)
             if url is None
             else _arrive_url(url, downloader, window)
         )
@@ -185,14 +198,17 @@ def arrive(
     if inbound is not None:
         return inbound
     downloader.close()
-    return locate(name)
+    return locate(name, max_connections=max_connections, progress=progress)
 
 
-def _arrive_repo(name: str, downloader: Downloader, window_bytes: int) -> Inbound | None:
+def _arrive_repo(
+    name: str, downloader: Downloader, window_bytes: int, names: dict[str, str]
+) -> Inbound | None:
     try:
         repo = list_repo(name, None)
     except SourceUnavailable:
         return None  # `locate` asks the cache
+    names |= {file.blob: file.name for file in repo.files}
     fetch_descriptions(repo, downloader)
     shards = streamable_shards(repo)
     if shards is None:

@@ -20,7 +20,6 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nexus_ext.arriving import Here, Shard
 from nexus_ext.download import Download, Downloader
 from nexus_ext.errors import (
     AccessDenied,
@@ -31,6 +30,7 @@ from nexus_ext.errors import (
     SourceUnavailable,
 )
 from nexus_ext.files import write_whole
+from nexus_ext.shards import Here, Shard
 
 __all__ = [
     "INDEX",

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import nexus_ext as nexus
+from nexus_ext import pretrained
 from nexus_ext.cli import app
 from nexus_ext.demo import make_llama
 from nexus_ext.errors import (
@@ -26,6 +27,7 @@ from nexus_ext.errors import (
     SourceUnavailable,
 )
 from nexus_ext.hub import fetch, locate
+from nexus_ext.pretrained import plan_pretrained
 from tests.hub_server import COMMIT, HubServer
 
 NAME = "org/tiny"
@@ -238,6 +240,50 @@ def test_nexus_fetch_says_where_it_lies(hub: HubServer, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert Path(report["path"]) == locate(NAME)
     assert report["bytes_received"] == report["nbytes"]
+
+
+def test_nexus_run_streams_while_it_downloads(hub: HubServer, llama: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    asked = ["--prompt", "w1 w2", "--max-new-tokens", "4", "--json", str(report)]
+    local = CliRunner().invoke(app, ["run", str(llama), *asked], catch_exceptions=False)
+    budget = str(plan_pretrained(llama).minimum_bytes)
+    asked += ["--budget", budget]
+    first = CliRunner().invoke(app, ["run", NAME, *asked], catch_exceptions=False)
+    assert (first.exit_code, first.stdout) == (0, local.stdout), first.output
+    stats = json.loads(report.read_text())["stats"]
+    # As it came, and not before; and all of it is here and right when the command ends.
+    assert stats["network_bytes"] > weights(hub)
+    assert not stats["is_arriving"]
+    hub.close()
+    second = CliRunner().invoke(app, ["run", NAME, *asked], catch_exceptions=False)
+    assert (second.exit_code, second.stdout) == (0, local.stdout)
+    assert json.loads(report.read_text())["stats"]["network_bytes"] == 0
+
+
+def test_nexus_run_fails_where_the_model_turns_out_wrong(hub: HubServer) -> None:
+    lie = bytearray(hub.files["model.safetensors"])
+    lie[-1] ^= 1
+    hub.lies["model.safetensors"] = bytes(lie)
+    asked = ["run", NAME, "--prompt", "w1 w2", "--max-new-tokens", "4"]
+    with pytest.raises(ContentMismatch, match="SHA-256"):
+        CliRunner().invoke(app, asked, catch_exceptions=False)
+
+
+def test_nexus_plan_fetches_headers_alone(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "_HEADERS_CHUNK", "32KiB")  # requests are 4 KiB
+    asked = ["plan", NAME, "--budget", "1MiB", "--json", str(tmp_path / "plan.json")]
+    result = CliRunner().invoke(app, asked, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    sent = hub.sent["model.safetensors"]
+    length = int.from_bytes(hub.files["model.safetensors"][:8], "little")
+    assert 0 < sent <= length + 8 + (4 << 10) < weights(hub) / 4
+    local = plan_pretrained(locate(NAME), budget="1MiB")  # what came is kept
+    assert hub.sent["model.safetensors"] == weights(hub)
+    planned = json.loads((tmp_path / "plan.json").read_text())
+    assert planned["group_bytes"] == list(local.group_bytes)
+    assert planned["resident"] == list(local.resident)
 
 
 def test_a_second_run_fetches_nothing_and_converts_nothing(

@@ -215,6 +215,7 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoint",
         "config",
         "errors",
+        "files",
         "quant.shards",
     },
     "layout": {
@@ -373,9 +374,11 @@ ALLOWED: dict[str, set[str]] = {
         "memory",
     },
     "download": {"download.downloader", "download.facts"},
-    "arriving": {"checkpoint", "download", "errors"},
-    "hub_repo": {"arriving", "download", "errors", "files"},
-    "url_model": {"arriving", "config", "download", "download.facts", "errors"},
+    "shards": {"errors"},
+    "asking": {"shards"},
+    "arriving": {"asking", "checkpoint", "download", "errors", "shards"},
+    "hub_repo": {"download", "errors", "files", "shards"},
+    "url_model": {"config", "download", "download.facts", "errors", "shards"},
     "hub": {
         "arriving",
         "config",
