@@ -257,6 +257,7 @@ class Downloader:
         self._began: float | None = None
         self._opened_connections = self._reused_connections = 0
         self._versions: Counter[str] = Counter()
+        self._bodies: Counter[str] = Counter()
         self._ended: Counter[str] = Counter()
 
     # -- for users -------------------------------------------------------------------------------
@@ -347,6 +348,8 @@ class Downloader:
                 0.0 if self._began is None else now - self._began,
                 dict(self._versions),
                 http2_state(),
+                self._bodies["direct"],
+                self._bodies["ordinary"],
             )
 
     def close(self) -> None:
@@ -388,7 +391,7 @@ class Downloader:
             worker.start()
 
     def _work(self) -> None:
-        line = Line(self._line_settings, self._count_request)
+        line = Line(self._line_settings, self)
         try:
             while (task := self._next_task(line)) is not None:
                 Fetching(task, self._limits.block_bytes, self._timeout_seconds, self._clock).run()
@@ -417,10 +420,14 @@ class Downloader:
             self._ended["bytes_reused"] += transfer.bytes_reused
             self._ended["retries"] += transfer.num_retries
 
-    def _count_request(self, version: str, is_new: bool) -> None:
+    def count_request(self, version: str, is_new: bool) -> None:
         with self._changed:
             self._versions[version] += 1
             if is_new:
                 self._opened_connections += 1
             else:
                 self._reused_connections += 1
+
+    def count_body(self, is_direct: bool) -> None:
+        with self._changed:
+            self._bodies["direct" if is_direct else "ordinary"] += 1

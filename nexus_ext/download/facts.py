@@ -143,6 +143,8 @@ class DownloadStats:
         seconds: Since the first start.
         http_versions: Requests by what was spoken: {"HTTP/2": 12}.
         http2: "offered", or why it is not.
+        direct_bodies: Answers over HTTP whose bytes were read from the socket itself, past h11.
+        ordinary_bodies: Answers over HTTP that httpx2 read.
     """
 
     bytes_received: int
@@ -156,3 +158,5 @@ class DownloadStats:
     seconds: float
     http_versions: Mapping[str, int]
     http2: str
+    direct_bodies: int
+    ordinary_bodies: int

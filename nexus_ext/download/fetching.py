@@ -144,33 +144,32 @@ class Fetching:
 
     def _receive(self, partial: Partial, body: Body) -> None:
         at, end = body.offset, None if body.nbytes is None else body.offset + body.nbytes
-        # Pieces are put together: to hash and write every 64 KiB would give the interpreter's lock
+        # Bytes are put together: to hash and write every few KiB would give the interpreter's lock
         # away so often that eight threads spend more time on it than on their work.
         buffer, held = memoryview(self._task.line.buffer), 0
         try:
-            for piece in body.pieces:
-                if end is not None and at + held + len(piece) > end:
-                    held = 0
-                    raise Trouble("the server sent more bytes than it said", ContentMismatch)
-                self._watch(len(piece))
-                rest = memoryview(piece)
-                while rest:
-                    room = self._room(at, held)
-                    buffer[held : held + len(rest[:room])] = rest[:room]
-                    held += len(rest[:room])
-                    rest = rest[room:]
-                    if held >= self._room(at, 0):
-                        full, held = held, 0
-                        at = self._land(partial, buffer[:full], at)
+            while at + held != end:
+                if held == (room := self._room(at, end)):
+                    full, held = held, 0
+                    at = self._land(partial, buffer[:full], at)
+                    continue
+                got = body.read_into(buffer[held:room])
+                if got == 0:
+                    break
+                held += got
+                self._watch(got)
+            if at + held == end and body.read_into(memoryview(bytearray(1))):
+                held = 0
+                raise Trouble("the server sent more bytes than it said", ContentMismatch)
         finally:
             # Also of a body that broke off: what came of it is right.
             at = self._land(partial, buffer[:held], at)
         self._ended(partial, body, at)
 
-    def _room(self, at: int, held: int) -> int:
-        """How much fits before it is written: up to the block's end, or the buffer's."""
+    def _room(self, at: int, end: int | None) -> int:
+        """How much of a body is held before it is written: up to a block's end, or the buffer's."""
         to_boundary = self._block_bytes - at % self._block_bytes
-        return min(to_boundary, BUFFER_BYTES) - held
+        return min(to_boundary, BUFFER_BYTES, to_boundary if end is None else end - at)
 
     def _ended(self, partial: Partial, body: Body, at: int) -> None:
         if body.nbytes is not None:

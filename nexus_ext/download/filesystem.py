@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from nexus_ext.download.body import nothing, pieces_reader
 from nexus_ext.download.facts import Download
 from nexus_ext.download.line import Line
 from nexus_ext.download.patience import Trouble
@@ -51,7 +52,7 @@ class FileSystemSource:
             end - start,
             span is None,
             True,
-            pieces() if start < end else iter(()),
+            pieces_reader(pieces()) if start < end else nothing,
             lambda: None,
             self._scheme,
         )
