@@ -26,6 +26,7 @@ from pathlib import Path
 from nexus_ext.download.journal import Block, Head, block_line, head_line, new_hasher, parse
 from nexus_ext.download.owners import Fate, fate, free_name, own_name
 from nexus_ext.download.ranges import Ranges
+from nexus_ext.download.writeback import start_writeback
 from nexus_ext.errors import DownloadError, NexusError, WriteError
 
 __all__ = ["Partial", "adopt", "writing"]
@@ -145,6 +146,10 @@ class Partial:
     def dup(self) -> int:
         """Another descriptor of the part, for reading; the caller's to close."""
         return os.open(f"/proc/self/fd/{self._file}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def start_writeback(self, start: int, end: int) -> None:
+        """Have the disk begin with these bytes; does not wait for it. Errors come in `publish`."""
+        start_writeback(self._file, start, end - start)
 
     def publish(self) -> None:
         """Make it the target: data to the disk, the name, the folder. The journal goes.
