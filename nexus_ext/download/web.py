@@ -161,9 +161,7 @@ class WebSource:
             return self._body(line, response, facts, 0, nbytes, is_whole=True)
         return self._part(line, response, span)
 
-    def _part(
-        self, line: Line, response: httpx2.Response, span: tuple[int, int] | None
-    ) -> Body:
+    def _part(self, line: Line, response: httpx2.Response, span: tuple[int, int] | None) -> Body:
         headers = response.headers
         match = _CONTENT_RANGE.fullmatch(headers.get("content-range", "").strip())
         if span is None or match is None:
@@ -191,7 +189,14 @@ class WebSource:
         framed = framed or "chunked" in response.headers.get("transfer-encoding", "").lower()
         read_into = nothing if facts.nbytes == 0 else line.reader_of(response)
         return Body(
-            facts, offset, nbytes, is_whole, framed, read_into, response.close, response.http_version
+            facts,
+            offset,
+            nbytes,
+            is_whole,
+            framed,
+            read_into,
+            response.close,
+            response.http_version,
         )
 
     def _check_content(self, headers: httpx2.Headers) -> None:
