@@ -201,13 +201,13 @@ def test_a_body_that_breaks_off_is_trouble_and_its_connection_is_not_kept(
 
 
 def test_silence_in_a_body_is_trouble() -> None:
-    with Server(DATA, always=Act(cut=BLOCK, stall=True)) as server:
-        with httpx2.Client(timeout=None) as client:
-            response = client.send(client.build_request("GET", server.url), stream=True)
-            read_into, is_direct = body.answer_reader(response, 0.05)
-            with pytest.raises(patience.Trouble, match="TimeoutError"):
-                read_all(read_into, 1 << 20)
-            response.close()
+    silent = Act(cut=BLOCK, stall=True)
+    with Server(DATA, always=silent) as server, httpx2.Client(timeout=None) as client:
+        response = client.send(client.build_request("GET", server.url), stream=True)
+        read_into, is_direct = body.answer_reader(response, 0.05)
+        with pytest.raises(patience.Trouble, match="TimeoutError"):
+            read_all(read_into, 1 << 20)
+        response.close()
     assert is_direct
 
 

@@ -1,4 +1,4 @@
-"""What downloads are made of: ranges, journals, owners, partial files, pauses."""
+"""What downloads are made of: ranges, journals, partial files, pauses."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ import pytest
 from http_server import Server, pattern
 from hypothesis import given
 from hypothesis import strategies as st
+from sleeper import name_of, sleeper
 
-from nexus_ext.download import Download, Downloader, downloader, journal, owners, partial, patience
+from nexus_ext import owners
+from nexus_ext.download import Download, Downloader, downloader, journal, partial, patience
 from nexus_ext.download.journal import Block, Head
 from nexus_ext.download.partial import Partial, adopt
 from nexus_ext.download.ranges import Ranges
@@ -151,62 +153,6 @@ def test_a_block_that_cannot_be_hashed_here_is_not_believed(
     assert journal.new_hasher("xxh3") == ("xxh3", None)
     algorithm, hasher = journal.new_hasher()
     assert (algorithm, type(hasher)) == ("sha256", type(hashlib.sha256()))
-
-
-# -- owners ----------------------------------------------------------------------------------------
-
-
-def sleeper() -> subprocess.Popen[str]:
-    """A process that has begun, and waits to be killed."""
-    code = "import sys; print('up', flush=True); sys.stdin.read()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "up\n"
-    return process
-
-
-def name_of(pid: int) -> str:
-    boot, namespace, _, _ = owners.own_name().split("-")
-    state = owners._state(pid)
-    assert state is not None
-    return f"{boot}-{namespace}-{pid}-{state[1]}"
-
-
-def test_what_became_of_an_owner() -> None:
-    assert owners.fate(owners.own_name()) == "alive"
-    assert owners.fate(owners.free_name()) == "free"
-    assert owners.free_name() != owners.free_name()
-    with sleeper() as process:
-        name = name_of(process.pid)
-        assert owners.fate(name) == "alive"
-        process.kill()
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while owners.fate(name) == "alive" and time.monotonic() < deadline:
-            pass
-        assert owners.fate(name) == "dead"  # though nobody has waited for it
-        process.wait()
-        assert owners.fate(name) == "dead"
-
-
-def test_a_pid_that_was_given_to_another_process_is_not_the_owner() -> None:
-    boot, namespace, pid, began = owners.own_name().split("-")
-    assert owners.fate(f"{boot}-{namespace}-{pid}-{int(began) - 1}") == "dead"
-
-
-@pytest.mark.parametrize("name", ["", "x", "unknown-0123", "0" * 12 + "-1-1-1"])
-def test_of_another_boot_or_namespace_nobody_can_say(name: str) -> None:
-    assert owners.fate(name) == "unknown"
-    boot, _, pid, began = owners.own_name().split("-")
-    assert owners.fate(f"{boot}-1-{pid}-{began}") == "unknown"
-
-
-def test_without_proc_nobody_can_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    name = owners.own_name()
-    monkeypatch.setattr(owners, "_PROC", tmp_path)
-    assert owners.own_name().startswith("unknown-")
-    assert owners.fate(name) == "unknown"
 
 
 # -- partial files ---------------------------------------------------------------------------------

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nexus_ext.download.journal import Block, Head, block_line, head_line, new_hasher, parse
-from nexus_ext.download.owners import Fate, fate, free_name, own_name
 from nexus_ext.download.ranges import Ranges
 from nexus_ext.download.writeback import start_writeback
 from nexus_ext.errors import DownloadError, NexusError, WriteError
+from nexus_ext.owners import Fate, fate, free_name, own_name
 
 __all__ = ["Partial", "adopt", "writing"]
 
