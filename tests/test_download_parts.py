@@ -22,7 +22,8 @@ from sleeper import name_of, sleeper
 from nexus_ext import owners
 from nexus_ext.download import Download, Downloader, downloader, journal, partial, patience
 from nexus_ext.download.journal import Block, Head
-from nexus_ext.download.partial import Partial, adopt
+from nexus_ext.download.leftovers import adopt
+from nexus_ext.download.partial import Partial
 from nexus_ext.download.ranges import Ranges
 from nexus_ext.errors import DownloadError
 

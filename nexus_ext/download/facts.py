@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 
 from nexus_ext.errors import ConfigError
 
-__all__ = ["Download", "DownloadStats", "Fetched", "shown"]
+__all__ = ["Download", "DownloadStats", "Fetched", "key_of", "shown"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.IGNORECASE)
 # What the downloader says itself; another value would make the answers mean something else.
@@ -102,6 +103,16 @@ class Download:
     def source(self) -> str:
         """The URL as it may be shown."""
         return shown(self.url)
+
+
+def key_of(download: Download) -> str:
+    """What a part must be a part of: the digest, or else the very source. Holds no secret."""
+    if download.sha256 is not None:
+        return f"sha256:{download.sha256.lower()}"
+    scheme, _, rest = download.url.partition("://")
+    authority, slash, path = rest.partition("/")
+    plain = f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+    return f"url:{hashlib.sha256(plain.encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import closing
 
 from nexus_ext.download.journal import Block, Head, new_hasher
+from nexus_ext.download.leftovers import adopt
 from nexus_ext.download.line import BUFFER_BYTES
-from nexus_ext.download.partial import Partial, adopt
+from nexus_ext.download.partial import Partial
 from nexus_ext.download.patience import Clock, Trouble
 from nexus_ext.download.source import Body, Facts
 from nexus_ext.download.transfer import Task
