@@ -23,21 +23,12 @@ from nexus_ext.download.patience import Clock, Failures, Trouble
 from nexus_ext.download.progress import Progress, Teller
 from nexus_ext.download.schedule import Schedule
 from nexus_ext.download.source import Facts, Source
-from nexus_ext.errors import (
-    AccessDenied,
-    ContentMismatch,
-    DownloadCancelled,
-    DownloadError,
-    NexusError,
-    SourceChanged,
-    SourceUnavailable,
-)
+from nexus_ext.download.verdicts import changed_error, final_error, is_worth_keeping
+from nexus_ext.errors import DownloadError, SourceChanged
 
 __all__ = ["Limits", "Task", "Transfer"]
 
 _MAX_RESTARTS = 3
-# After these a later call goes on with what has arrived.
-_RESUMABLE = (SourceUnavailable, AccessDenied, DownloadCancelled)
 
 
 @dataclass(frozen=True)
@@ -169,43 +160,6 @@ class Transfer:
 
     # -- opening ---------------------------------------------------------------------------------
 
-    def first_span(self) -> tuple[int, int]:
-        """What to ask for while opening: a block that is missing, or the last byte."""
-        partial = self.candidate
-        if partial is None or partial.nbytes is None:
-            return 0, self._limits.block_bytes
-        gaps = partial.landed.gaps(0, partial.nbytes)
-        if not gaps:
-            return max(0, partial.nbytes - 1), max(1, partial.nbytes)
-        start, end = gaps[0]
-        block = self._limits.block_bytes
-        return start, min(end, (start // block + 1) * block)
-
-    def needs_no_source(self) -> bool:
-        """Everything is there, and its digest will judge it."""
-        return (
-            self.candidate is not None
-            and self.candidate.is_complete
-            and self.download.sha256 is not None
-        )
-
-    def is_right_candidate(self, facts: Facts) -> bool:
-        """Whether what an earlier call left is a part of the file that the source has now."""
-        head = self.candidate.head if self.candidate is not None else None
-        if head is None or facts.nbytes is None or head.nbytes != facts.nbytes:
-            return False
-        can_tell = facts.validator != "" or self.download.sha256 is not None
-        return can_tell and head.validator == facts.validator
-
-    def check_size(self, facts: Facts) -> None:
-        """Raises ContentMismatch where the source has not as many bytes as were asked for."""
-        wanted = self.download.nbytes
-        if wanted is not None and facts.nbytes is not None and facts.nbytes != wanted:
-            raise ContentMismatch(
-                f"{self.download.source} must have {wanted} bytes, but has {facts.nbytes}; check "
-                "the URL and its revision"
-            )
-
     def opened(self, task: Task, partial: Partial, span: tuple[int, int] | None) -> bool:
         """The part is there, and the opener fetches `span` of it, or all where that is None.
 
@@ -322,25 +276,8 @@ class Transfer:
         """What a retry does not mend."""
         if isinstance(error, SourceChanged):
             self.source_changed(error)
-        elif isinstance(error, NexusError):
-            self.fail(error)
-        elif isinstance(error, Trouble):
-            self.fail(self._final(error))
         else:
-            wrapped = DownloadError(
-                f"{self.download.source}: neither a source nor a callback may fail like this: "
-                f"{type(error).__name__}; its own error is attached"
-            )
-            wrapped.__cause__ = error
-            self.fail(wrapped)
-
-    def _final(self, trouble: Trouble) -> DownloadError:
-        kept = "what arrived is kept" if trouble.kind in _RESUMABLE else "nothing is kept"
-        return trouble.kind(
-            f"{self.download.source} may fail {self._limits.max_retries} times in a row, but did "
-            f"once more; the last time {trouble}; check network and server, and fetch again "
-            f"({kept})"
-        )
+            self.fail(final_error(self.download, self._limits.max_retries, error))
 
     def source_changed(self, error: SourceChanged) -> None:
         """Start anew in another part, unless somebody has used bytes of this one."""
@@ -367,10 +304,7 @@ class Transfer:
         self.changed.notify_all()
 
     def changed_error(self) -> SourceChanged:
-        return SourceChanged(
-            f"{self.download.source} must stay as it is while it is fetched, but another size, "
-            "ETag or date came; fetch again"
-        )
+        return changed_error(self.download)
 
     # -- ending ----------------------------------------------------------------------------------
 
@@ -421,19 +355,10 @@ class Transfer:
             parts = [part for part in (self.partial, self.candidate) if part is not None]
             self.partial = self.candidate = None
             for part in parts:
-                if self._is_worth_keeping(part):
+                if is_worth_keeping(part, self.download, self.error):
                     part.release()
                 else:
                     part.remove()
                 part.close()
             self.ended = True
             self.changed.notify_all()
-
-    def _is_worth_keeping(self, part: Partial) -> bool:
-        can_resume = part.head.validator != "" or self.download.sha256 is not None
-        return (
-            isinstance(self.error, _RESUMABLE)
-            and bool(part.landed)
-            and part.nbytes is not None
-            and can_resume
-        )
