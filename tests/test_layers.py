@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"_native", "errors"},
     "files": set(),
     "owners": set(),
+    "drivers": set(),
     "digests": {"checkpoint", "files"},
     "engine": {"checkpoint", "errors", "ops"},
     "device": {"errors", "memory"},
@@ -314,6 +315,7 @@ ALLOWED: dict[str, set[str]] = {
         "download.line",
         "download.patience",
         "download.source",
+        "drivers",
         "errors",
     },
     "download.partial": {

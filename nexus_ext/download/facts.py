@@ -20,13 +20,20 @@ _OWN_HEADERS = {"accept-encoding", "connection", "host", "if-range", "range"}
 
 
 def shown(url: str) -> str:
-    """The URL without userinfo, query and fragment: they may be secrets."""
+    """The URL without userinfo, query and fragment: they may be secrets.
+
+    Of a chain (`simplecache::https://...`) each URL.
+    """
+    return "::".join(_shown(one) for one in url.split("::"))
+
+
+def _shown(url: str) -> str:
     try:
         parts = urlsplit(url)
     except ValueError:
         return "(a URL that cannot be read)"
     host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
+    return f"{parts.scheme}://{host}{parts.path}" if parts.scheme else parts.path
 
 
 @dataclass(frozen=True)
