@@ -33,7 +33,7 @@ def driver_errors() -> _Errors:
 
 
 def credential_errors() -> _Errors:
-    """What a driver raises that has nobody's credentials, or wrong ones. Some of `driver_errors`."""
+    """Those of them that say: no credentials, or wrong ones."""
     return (PermissionError, *_loaded(_CREDENTIALS))
 
 

@@ -20,7 +20,16 @@ from hypothesis import strategies as st
 from sleeper import name_of, sleeper
 
 from nexus_ext import owners
-from nexus_ext.download import Download, Downloader, downloader, journal, partial, patience
+from nexus_ext.download import (
+    Download,
+    Downloader,
+    downloader,
+    follower,
+    journal,
+    partial,
+    patience,
+    writeback,
+)
 from nexus_ext.download.journal import Block, Head
 from nexus_ext.download.leftovers import adopt
 from nexus_ext.download.partial import Partial
@@ -454,6 +463,36 @@ def test_the_downloader_pauses_as_it_should(
     first, second, third, asked_for = [pause for pause in clock.pauses if pause > 1e-6]
     assert 0.25 <= first <= 0.5 <= second <= 1.0 <= third <= 2.0
     assert asked_for == pytest.approx(77)
+
+
+def test_the_disk_begins_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With each byte that was hashed, once and in order; what is left at the end is publish's."""
+    spans: list[tuple[int, int]] = []
+
+    def recorded(descriptor: int, offset: int, nbytes: int) -> None:
+        spans.append((offset, offset + nbytes))
+        writeback.start_writeback(descriptor, offset, nbytes)
+
+    monkeypatch.setattr(partial, "start_writeback", recorded)
+    monkeypatch.setattr(follower, "_WRITEBACK_BYTES", 1 << 10)
+    monkeypatch.setattr(follower, "_READ_BYTES", 1 << 10)
+    data = pattern((20 << 10) + 7)
+    with Server(data) as server, Downloader() as loader:
+        loader.fetch(Download(server.url, tmp_path / "file"))
+    assert (tmp_path / "file").read_bytes() == data
+    assert spans == [(at, at + 1024) for at in range(0, 20 << 10, 1 << 10)]
+
+
+def test_the_kernel_takes_the_hint_and_may_lack_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(tmp_path / "file", "w+b", buffering=0) as file:
+        file.write(bytes(8192))
+        begin = writeback._sync_file_range()
+        assert begin is not None
+        assert begin(file.fileno(), 0, 8192, 2) == 0
+        monkeypatch.setattr(writeback, "_sync_file_range", lambda: None)
+        writeback.start_writeback(file.fileno(), 0, 8192)
 
 
 def test_a_forked_child_cannot_use_it(tmp_path: Path) -> None:
