@@ -63,7 +63,9 @@ def _load_beside(name: str, folder: str = "simcuda") -> Any:
     return module
 
 
-_load_beside("http_server", folder="")  # tests of downloads import it by this name
+# Tests of downloads import these by their names.
+_load_beside("http_server", folder="")
+_load_beside("sleeper", folder="")
 
 # tests/test_on_simcuda.py starts a process with a simulated driver, for the tests that take either.
 SIMULATED_DRIVER = os.environ.get("SIMCUDA")

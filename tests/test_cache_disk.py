@@ -22,7 +22,6 @@ import torch
 
 from nexus_ext.cache import DiskTier
 from nexus_ext.cache.blob import BLOCK_BYTES
-from nexus_ext.cache.owners import Owner
 from nexus_ext.cache.rotation import Rotation
 from nexus_ext.engine import Faults
 from nexus_ext.errors import (
@@ -32,6 +31,7 @@ from nexus_ext.errors import (
     ForkedEngine,
     ReadError,
 )
+from nexus_ext.owners import Owner
 
 PAGE = 4096
 # What a blob of one page of payload takes: its header is a page.

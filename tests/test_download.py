@@ -688,6 +688,8 @@ def test_an_application_still_sees_its_own_requests_in_the_log(
         ("https://a:b@host:8/x/y?q=1#f", "https://host:8/x/y"),
         ("s3://bucket/key?versionId=1", "s3://bucket/key"),
         ("http://[bad", "(a URL that cannot be read)"),
+        ("simplecache::https://a:b@host/x?q=1", "simplecache::https://host/x"),
+        ("zip://in/it::s3://a:b@bucket/key?q=1", "zip://in/it::s3://bucket/key"),
     ],
 )
 def test_a_url_is_shown_without_what_may_be_secret(url: str, shown: str) -> None:

@@ -1,4 +1,4 @@
-"""What downloads are made of: ranges, journals, owners, partial files, pauses."""
+"""What downloads are made of: ranges, journals, partial files, pauses."""
 
 from __future__ import annotations
 
@@ -17,10 +17,22 @@ import pytest
 from http_server import Server, pattern
 from hypothesis import given
 from hypothesis import strategies as st
+from sleeper import name_of, sleeper
 
-from nexus_ext.download import Download, Downloader, downloader, journal, owners, partial, patience
+from nexus_ext import owners
+from nexus_ext.download import (
+    Download,
+    Downloader,
+    downloader,
+    follower,
+    journal,
+    partial,
+    patience,
+    writeback,
+)
 from nexus_ext.download.journal import Block, Head
-from nexus_ext.download.partial import Partial, adopt
+from nexus_ext.download.leftovers import adopt
+from nexus_ext.download.partial import Partial
 from nexus_ext.download.ranges import Ranges
 from nexus_ext.errors import DownloadError
 
@@ -151,62 +163,6 @@ def test_a_block_that_cannot_be_hashed_here_is_not_believed(
     assert journal.new_hasher("xxh3") == ("xxh3", None)
     algorithm, hasher = journal.new_hasher()
     assert (algorithm, type(hasher)) == ("sha256", type(hashlib.sha256()))
-
-
-# -- owners ----------------------------------------------------------------------------------------
-
-
-def sleeper() -> subprocess.Popen[str]:
-    """A process that has begun, and waits to be killed."""
-    code = "import sys; print('up', flush=True); sys.stdin.read()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "up\n"
-    return process
-
-
-def name_of(pid: int) -> str:
-    boot, namespace, _, _ = owners.own_name().split("-")
-    state = owners._state(pid)
-    assert state is not None
-    return f"{boot}-{namespace}-{pid}-{state[1]}"
-
-
-def test_what_became_of_an_owner() -> None:
-    assert owners.fate(owners.own_name()) == "alive"
-    assert owners.fate(owners.free_name()) == "free"
-    assert owners.free_name() != owners.free_name()
-    with sleeper() as process:
-        name = name_of(process.pid)
-        assert owners.fate(name) == "alive"
-        process.kill()
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while owners.fate(name) == "alive" and time.monotonic() < deadline:
-            pass
-        assert owners.fate(name) == "dead"  # though nobody has waited for it
-        process.wait()
-        assert owners.fate(name) == "dead"
-
-
-def test_a_pid_that_was_given_to_another_process_is_not_the_owner() -> None:
-    boot, namespace, pid, began = owners.own_name().split("-")
-    assert owners.fate(f"{boot}-{namespace}-{pid}-{int(began) - 1}") == "dead"
-
-
-@pytest.mark.parametrize("name", ["", "x", "unknown-0123", "0" * 12 + "-1-1-1"])
-def test_of_another_boot_or_namespace_nobody_can_say(name: str) -> None:
-    assert owners.fate(name) == "unknown"
-    boot, _, pid, began = owners.own_name().split("-")
-    assert owners.fate(f"{boot}-1-{pid}-{began}") == "unknown"
-
-
-def test_without_proc_nobody_can_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    name = owners.own_name()
-    monkeypatch.setattr(owners, "_PROC", tmp_path)
-    assert owners.own_name().startswith("unknown-")
-    assert owners.fate(name) == "unknown"
 
 
 # -- partial files ---------------------------------------------------------------------------------
@@ -507,6 +463,36 @@ def test_the_downloader_pauses_as_it_should(
     first, second, third, asked_for = [pause for pause in clock.pauses if pause > 1e-6]
     assert 0.25 <= first <= 0.5 <= second <= 1.0 <= third <= 2.0
     assert asked_for == pytest.approx(77)
+
+
+def test_the_disk_begins_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With each byte that was hashed, once and in order; what is left at the end is publish's."""
+    spans: list[tuple[int, int]] = []
+
+    def recorded(descriptor: int, offset: int, nbytes: int) -> None:
+        spans.append((offset, offset + nbytes))
+        writeback.start_writeback(descriptor, offset, nbytes)
+
+    monkeypatch.setattr(partial, "start_writeback", recorded)
+    monkeypatch.setattr(follower, "_WRITEBACK_BYTES", 1 << 10)
+    monkeypatch.setattr(follower, "_READ_BYTES", 1 << 10)
+    data = pattern((20 << 10) + 7)
+    with Server(data) as server, Downloader() as loader:
+        loader.fetch(Download(server.url, tmp_path / "file"))
+    assert (tmp_path / "file").read_bytes() == data
+    assert spans == [(at, at + 1024) for at in range(0, 20 << 10, 1 << 10)]
+
+
+def test_the_kernel_takes_the_hint_and_may_lack_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(tmp_path / "file", "w+b", buffering=0) as file:
+        file.write(bytes(8192))
+        begin = writeback._sync_file_range()
+        assert begin is not None
+        assert begin(file.fileno(), 0, 8192, 2) == 0
+        monkeypatch.setattr(writeback, "_sync_file_range", lambda: None)
+        writeback.start_writeback(file.fileno(), 0, 8192)
 
 
 def test_a_forked_child_cannot_use_it(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import ssl
 import subprocess
 import sys
 import threading
+import traceback
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,8 +87,15 @@ def test_an_empty_file_of_a_file_system(source: str, tmp_path: Path) -> None:
 class Shaky:
     """Reads of a file system that fail after some, until told otherwise."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, source: str, num_good: int) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        source: str,
+        num_good: int,
+        failure: type[Exception] = OSError,
+    ) -> None:
         self.num_good = num_good
+        self._failure = failure
         self.read: list[tuple[int, int]] = []
         self._lock = threading.Lock()
         fs = fsspec.core.url_to_fs(source)[0]
@@ -97,7 +106,7 @@ class Shaky:
         with self._lock:
             self.num_good -= 1
             if self.num_good < 0:
-                raise OSError(5, "signed=secret")
+                raise self._failure(5, "signed=secret")
             self.read.append((start, end))
         return self._cat(path, start=start, end=end)
 
@@ -115,6 +124,36 @@ def test_a_file_system_that_fails_is_gone_on_with(
         fetched = loader.fetch(download)
     assert fetched.bytes_reused == 5 * BLOCK
     assert len(shaky.read) == len(set(shaky.read)) == 8
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wants"),
+    [
+        ("aiohttp", "ClientError", errors.SourceUnavailable),
+        ("botocore.exceptions", "BotoCoreError", errors.SourceUnavailable),
+        ("botocore.exceptions", "NoCredentialsError", errors.AccessDenied),
+        ("azure.core.exceptions", "ClientAuthenticationError", errors.AccessDenied),
+    ],
+)
+def test_what_a_driver_raises_is_told_as_what_it_is(
+    module: str,
+    name: str,
+    wants: type[errors.DownloadError],
+    source: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are no OSErrors, and their texts hold URLs."""
+    failure = type(name, (Exception,), {})
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: failure}))
+    shaky = Shaky(monkeypatch, source, num_good=3, failure=failure)
+    download = Download(source, tmp_path / "to" / "file")
+    with downloader(max_connections=1, chunk_bytes=BLOCK) as loader:
+        with pytest.raises(wants) as caught:
+            loader.fetch(download)
+        assert "secret" not in "".join(traceback.format_exception(caught.value))
+        shaky.num_good = 10**9
+        assert loader.fetch(download).bytes_reused == 3 * BLOCK
 
 
 def test_a_file_that_is_replaced_meanwhile_is_fetched_anew(

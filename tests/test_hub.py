@@ -206,6 +206,7 @@ def test_a_folder_behind_any_url_streams(bucket: Any, llama: Path) -> None:
         want = model(PROMPT).logits
     with nexus.from_pretrained("memory://bucket/llama") as model, torch.inference_mode():
         assert torch.equal(model(PROMPT).logits, want)
+        until_it_is_here(model)
     bucket.rm("/bucket/llama/model.safetensors")
     with nexus.from_pretrained("memory://bucket/llama") as model, torch.inference_mode():
         assert torch.equal(model(PROMPT).logits, want), "it is here"

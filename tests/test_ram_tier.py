@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from nexus_ext.cache import shared_folder
-from nexus_ext.cache.owners import Owner
 from nexus_ext.cache.ram import RamTier
 from nexus_ext.cache.segment import file_bytes
 from nexus_ext.cache.shared_folder import default_folder
 from nexus_ext.errors import ConfigError, EngineClosed, ForkedEngine
+from nexus_ext.owners import Owner
 from tests.conftest import RecordCount
 
 MIB = 1 << 20

@@ -18,8 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from nexus_ext.cache.index_file import unfinished_owner
-from nexus_ext.cache.owners import OWNER, Owner
 from nexus_ext.errors import ConfigError
+from nexus_ext.owners import OWNER, Owner
 
 __all__ = ["Folder", "remove_if_possible"]
 

@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeAlias
 
-from nexus_ext.cache.owners import Owner
+from nexus_ext.owners import Owner
 
 __all__ = ["SCHEMA", "Connection", "IndexFile", "is_broken", "memory_index", "unfinished_owner"]
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from nexus_ext.cache.owners import OWNER, Owner
 from nexus_ext.errors import ConfigError
+from nexus_ext.owners import OWNER, Owner
 
 __all__ = ["Evict", "Reserved", "SharedFolder", "allocate", "default_folder"]
 

@@ -10,7 +10,8 @@ docs/downloads.md tells more. Nothing here imports torch.
 
 from __future__ import annotations
 
-from nexus_ext.download.downloader import Arriving, Downloader
+from nexus_ext.download.arrival import Arriving
+from nexus_ext.download.downloader import Downloader
 from nexus_ext.download.facts import Download, DownloadStats, Fetched
 
 __all__ = ["Arriving", "Download", "DownloadStats", "Downloader", "Fetched"]

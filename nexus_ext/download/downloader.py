@@ -1,4 +1,4 @@
-"""Downloads under one limit of connections: the workers, and what a user holds in hand."""
+"""Downloads under one limit of connections: the workers, and who works on what."""
 
 from __future__ import annotations
 
@@ -6,196 +6,27 @@ import os
 import ssl
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import BinaryIO
 
+from nexus_ext.download.arrival import Arriving
 from nexus_ext.download.facts import Download, DownloadStats, Fetched
 from nexus_ext.download.fetching import Fetching
 from nexus_ext.download.filesystem import FileSystemSource
 from nexus_ext.download.follower import start_follower
 from nexus_ext.download.line import Line, LineSettings, http2_state
 from nexus_ext.download.patience import Clock
+from nexus_ext.download.progress import Progress
 from nexus_ext.download.source import Source
-from nexus_ext.download.transfer import Limits, Progress, Task, Transfer
+from nexus_ext.download.transfer import Limits, Task, Transfer
 from nexus_ext.download.web import WebSource
-from nexus_ext.errors import ConfigError, DownloadCancelled, DownloadTimeout
+from nexus_ext.errors import ConfigError
 from nexus_ext.memory import parse_bytes
 
-__all__ = ["Arriving", "Downloader"]
+__all__ = ["Downloader"]
 
 _SMALLEST_BLOCK_BYTES = 4 << 10
 _MAX_CONNECTIONS = 64
-
-
-class Arriving:
-    """A download under way. Every method may be called from any thread."""
-
-    def __init__(self, transfer: Transfer) -> None:
-        self._transfer = transfer
-        self._changed = transfer.changed
-
-    def __repr__(self) -> str:
-        return f"Arriving({self._transfer.download!r})"
-
-    @property
-    def nbytes(self) -> int:
-        """The size of the file. Blocks until the source has told it.
-
-        Raises:
-            DownloadError, WriteError: What ended the download before.
-        """
-        self._wait_until(lambda: self._nbytes() is not None, None)
-        nbytes = self._nbytes()
-        assert nbytes is not None
-        return nbytes
-
-    def _nbytes(self) -> int | None:
-        if self._transfer.fetched is not None:
-            return self._transfer.fetched.nbytes
-        partial = self._transfer.partial
-        return partial.nbytes if partial is not None else None
-
-    @property
-    def part_path(self) -> Path:
-        """The file that grows, full of holes; the target itself once that is there.
-
-        Blocks until it is made. When the download ends the part gets the target's name, and after
-        an error it may be gone: `open` cannot come too late.
-        """
-        self._wait_until(lambda: self._path() is not None, None)
-        path = self._path()
-        assert path is not None
-        return path
-
-    def _path(self) -> Path | None:
-        if self._transfer.fetched is not None:
-            return self._transfer.fetched.path
-        partial = self._transfer.partial
-        return partial.path if partial is not None else None
-
-    def open(self) -> BinaryIO:
-        """Open the bytes for reading, unbuffered; the caller closes. Blocks like `part_path`.
-
-        Stays right when the part gets the target's name. Once it was called, a source that changes
-        is an error, and is not begun anew.
-        """
-        self._wait_until(lambda: self._path() is not None, None)
-        with self._changed:
-            self._raise_error()
-            self._transfer.is_promised = True
-            partial = self._transfer.partial
-            if self._transfer.fetched is None and partial is not None:
-                return os.fdopen(partial.dup(), "rb", buffering=0)
-        return open(self._transfer.download.path, "rb", buffering=0)
-
-    def want(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Fetch these (offset, nbytes) next, in this order, before what was wanted earlier.
-
-        Does not wait; what is under way is ended first. Rounded to blocks.
-
-        Raises:
-            ConfigError: A negative number.
-        """
-        if wrong := [one for one in ranges if min(one) < 0]:
-            raise ConfigError(f"a range is (offset, nbytes), both 0 or more, got {wrong[0]}.")
-        with self._changed:
-            self._transfer.want([(offset, offset + nbytes) for offset, nbytes in ranges])
-
-    def want_all(self) -> None:
-        """Fetch the rest, too, of what was started lazily. Does not wait."""
-        with self._changed:
-            self._transfer.is_lazy = False
-            self._changed.notify_all()
-
-    def landed(self) -> list[tuple[int, int]]:
-        """(offset, nbytes) of all that stands in the part now. Does not wait.
-
-        As for `wait`: not yet compared with a digest of the whole. Empty after an error.
-        """
-        with self._changed:
-            if self._transfer.fetched is not None:
-                return [(0, self._transfer.fetched.nbytes)]
-            partial = self._transfer.partial
-            ranges = partial.landed if partial is not None else ()
-            return [(start, end - start) for start, end in ranges]
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether `result` returns, or raises, at once."""
-        with self._changed:
-            return self._transfer.ended
-
-    def wait(self, offset: int, nbytes: int, timeout_seconds: float | None = None) -> None:
-        """Block until these bytes stand in the part; what is missing of them comes next.
-
-        They are the source's, checked for length and version, and not yet against a digest of the
-        whole file. Once this returned, a source that changes is an error, and not begun anew.
-
-        Raises:
-            ConfigError: The file ends before.
-            DownloadTimeout: They did not come in time. The download goes on.
-            DownloadError, WriteError: What ended the download.
-        """
-        end = offset + nbytes
-        self.want([(offset, nbytes)])
-        with self._changed:
-            self._wait_until(
-                lambda: self._transfer.is_there(offset, end) or self._is_beyond(end),
-                timeout_seconds,
-            )
-            if self._is_beyond(end):
-                raise ConfigError(
-                    f"bytes to wait for lie in the file, which has {self._nbytes()}, got "
-                    f"{offset} to {end}; ask `nbytes` first"
-                )
-            self._transfer.is_promised = True
-
-    def _is_beyond(self, end: int) -> bool:
-        nbytes = self._nbytes()
-        return nbytes is not None and end > nbytes
-
-    def result(self) -> Fetched:
-        """Block until the file stands under its name, or the download has failed.
-
-        Raises:
-            DownloadError, WriteError: What ended it; then all its temporaries are gone, but for a
-                part that a later call goes on with.
-        """
-        with self._changed:
-            while not self._transfer.ended:
-                self._changed.wait()
-            self._raise_error()
-            assert self._transfer.fetched is not None
-            return self._transfer.fetched
-
-    def cancel(self) -> None:
-        """End it, if it has not ended; does not wait. What arrived is kept for a later call."""
-        with self._changed:
-            self._transfer.fail(
-                DownloadCancelled(
-                    f"{self._transfer.download.source} was being fetched, but was cancelled; fetch "
-                    "again to go on"
-                )
-            )
-        self._transfer.wind_up()
-
-    def _wait_until(self, is_true: Callable[[], bool], timeout_seconds: float | None) -> None:
-        with self._changed:
-            is_there = self._changed.wait_for(
-                lambda: self._transfer.error is not None or is_true(), timeout_seconds
-            )
-            self._raise_error()
-            if not is_there:
-                raise DownloadTimeout(
-                    f"bytes of {self._transfer.download.source} may take {timeout_seconds} s, and "
-                    "did not come; wait longer"
-                )
-
-    def _raise_error(self) -> None:
-        if self._transfer.error is not None:
-            raise self._transfer.error
 
 
 class Downloader:
@@ -257,6 +88,7 @@ class Downloader:
         self._began: float | None = None
         self._opened_connections = self._reused_connections = 0
         self._versions: Counter[str] = Counter()
+        self._bodies: Counter[str] = Counter()
         self._ended: Counter[str] = Counter()
 
     # -- for users -------------------------------------------------------------------------------
@@ -280,7 +112,7 @@ class Downloader:
         try:
             arriving += [self.start(download) for download in downloads]
             with self._changed:
-                while not all(one._transfer.ended for one in arriving):
+                while not all(one.has_ended for one in arriving):
                     self._changed.wait()
         except BaseException:
             for one in arriving:
@@ -347,6 +179,8 @@ class Downloader:
                 0.0 if self._began is None else now - self._began,
                 dict(self._versions),
                 http2_state(),
+                self._bodies["direct"],
+                self._bodies["ordinary"],
             )
 
     def close(self) -> None:
@@ -388,7 +222,7 @@ class Downloader:
             worker.start()
 
     def _work(self) -> None:
-        line = Line(self._line_settings, self._count_request)
+        line = Line(self._line_settings, self)
         try:
             while (task := self._next_task(line)) is not None:
                 Fetching(task, self._limits.block_bytes, self._timeout_seconds, self._clock).run()
@@ -417,10 +251,14 @@ class Downloader:
             self._ended["bytes_reused"] += transfer.bytes_reused
             self._ended["retries"] += transfer.num_retries
 
-    def _count_request(self, version: str, is_new: bool) -> None:
+    def count_request(self, version: str, is_new: bool) -> None:
         with self._changed:
             self._versions[version] += 1
             if is_new:
                 self._opened_connections += 1
             else:
                 self._reused_connections += 1
+
+    def count_body(self, is_direct: bool) -> None:
+        with self._changed:
+            self._bodies["direct" if is_direct else "ordinary"] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 
 from nexus_ext.errors import ConfigError
 
-__all__ = ["Download", "DownloadStats", "Fetched", "shown"]
+__all__ = ["Download", "DownloadStats", "Fetched", "key_of", "shown"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.IGNORECASE)
 # What the downloader says itself; another value would make the answers mean something else.
@@ -19,13 +20,20 @@ _OWN_HEADERS = {"accept-encoding", "connection", "host", "if-range", "range"}
 
 
 def shown(url: str) -> str:
-    """The URL without userinfo, query and fragment: they may be secrets."""
+    """The URL without userinfo, query and fragment: they may be secrets.
+
+    Of a chain (`simplecache::https://...`) each URL.
+    """
+    return "::".join(_shown(one) for one in url.split("::"))
+
+
+def _shown(url: str) -> str:
     try:
         parts = urlsplit(url)
     except ValueError:
         return "(a URL that cannot be read)"
     host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
+    return f"{parts.scheme}://{host}{parts.path}" if parts.scheme else parts.path
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,16 @@ class Download:
         return shown(self.url)
 
 
+def key_of(download: Download) -> str:
+    """What a part must be a part of: the digest, or else the very source. Holds no secret."""
+    if download.sha256 is not None:
+        return f"sha256:{download.sha256.lower()}"
+    scheme, _, rest = download.url.partition("://")
+    authority, slash, path = rest.partition("/")
+    plain = f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+    return f"url:{hashlib.sha256(plain.encode()).hexdigest()}"
+
+
 @dataclass(frozen=True)
 class Fetched:
     """A file that has arrived.
@@ -143,6 +161,8 @@ class DownloadStats:
         seconds: Since the first start.
         http_versions: Requests by what was spoken: {"HTTP/2": 12}.
         http2: "offered", or why it is not.
+        direct_bodies: Answers over HTTP whose bytes were read from the socket itself, past h11.
+        ordinary_bodies: Answers over HTTP that httpx2 read.
     """
 
     bytes_received: int
@@ -156,3 +176,5 @@ class DownloadStats:
     seconds: float
     http_versions: Mapping[str, int]
     http2: str
+    direct_bodies: int
+    ordinary_bodies: int

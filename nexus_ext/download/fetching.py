@@ -5,11 +5,19 @@ from __future__ import annotations
 from contextlib import closing
 
 from nexus_ext.download.journal import Block, Head, new_hasher
+from nexus_ext.download.leftovers import adopt
 from nexus_ext.download.line import BUFFER_BYTES
-from nexus_ext.download.partial import Partial, adopt
+from nexus_ext.download.partial import Partial
 from nexus_ext.download.patience import Clock, Trouble
-from nexus_ext.download.source import Body, Facts
+from nexus_ext.download.source import Body
 from nexus_ext.download.transfer import Task
+from nexus_ext.download.verdicts import (
+    can_be_pieced,
+    check_size,
+    first_span,
+    is_right,
+    needs_no_source,
+)
 from nexus_ext.errors import ContentMismatch
 
 __all__ = ["Fetching"]
@@ -45,12 +53,12 @@ class Fetching:
         if transfer.candidate is None and transfer.may_adopt:
             transfer.candidate = adopt(transfer.download.path, transfer.key)
         candidate = transfer.candidate
-        if candidate is not None and transfer.needs_no_source():
+        if candidate is not None and needs_no_source(candidate, transfer.download):
             self._opened(candidate, (0, 0))
             return
-        with closing(self._ask(transfer.first_span(), candidate)) as body:
-            transfer.check_size(body.facts)
-            if candidate is None or transfer.is_right_candidate(body.facts):
+        with closing(self._ask(first_span(candidate, self._block_bytes), candidate)) as body:
+            check_size(transfer.download, body.facts)
+            if candidate is None or is_right(candidate, transfer.download, body.facts):
                 self._begin(candidate, body)
                 return
         transfer.candidate, transfer.may_adopt = None, False
@@ -68,19 +76,16 @@ class Fetching:
         """The first answer is there: make the part, let the others begin, and read on."""
         facts = body.facts
         is_all = body.offset == 0 and body.nbytes is not None and body.nbytes == facts.nbytes
-        if not body.is_whole and not is_all and not self._can_be_pieced(facts):
+        must_be_whole = not can_be_pieced(self._transfer.download, facts.validator)
+        if not body.is_whole and not is_all and must_be_whole:
             body.close()
             with closing(self._ask(None, None)) as whole:
-                self._transfer.check_size(whole.facts)
+                check_size(self._transfer.download, whole.facts)
                 if whole.facts.nbytes not in (None, facts.nbytes):
                     raise self._transfer.changed_error()
                 self._begin_with(None, whole, is_whole=True)
             return
-        self._begin_with(candidate, body, body.is_whole or not self._can_be_pieced(facts))
-
-    def _can_be_pieced(self, facts: Facts) -> bool:
-        """Whether pieces of two versions could be told apart."""
-        return facts.validator != "" or self._transfer.download.sha256 is not None
+        self._begin_with(candidate, body, body.is_whole or must_be_whole)
 
     def _begin_with(self, candidate: Partial | None, body: Body, is_whole: bool) -> None:
         transfer, facts = self._transfer, body.facts
@@ -144,33 +149,32 @@ class Fetching:
 
     def _receive(self, partial: Partial, body: Body) -> None:
         at, end = body.offset, None if body.nbytes is None else body.offset + body.nbytes
-        # Pieces are put together: to hash and write every 64 KiB would give the interpreter's lock
+        # Bytes are put together: to hash and write every few KiB would give the interpreter's lock
         # away so often that eight threads spend more time on it than on their work.
         buffer, held = memoryview(self._task.line.buffer), 0
         try:
-            for piece in body.pieces:
-                if end is not None and at + held + len(piece) > end:
-                    held = 0
-                    raise Trouble("the server sent more bytes than it said", ContentMismatch)
-                self._watch(len(piece))
-                rest = memoryview(piece)
-                while rest:
-                    room = self._room(at, held)
-                    buffer[held : held + len(rest[:room])] = rest[:room]
-                    held += len(rest[:room])
-                    rest = rest[room:]
-                    if held >= self._room(at, 0):
-                        full, held = held, 0
-                        at = self._land(partial, buffer[:full], at)
+            while at + held != end:
+                if held == (room := self._room(at, end)):
+                    full, held = held, 0
+                    at = self._land(partial, buffer[:full], at)
+                    continue
+                got = body.read_into(buffer[held:room])
+                if got == 0:
+                    break
+                held += got
+                self._watch(got)
+            if at + held == end and body.read_into(memoryview(bytearray(1))):
+                held = 0
+                raise Trouble("the server sent more bytes than it said", ContentMismatch)
         finally:
             # Also of a body that broke off: what came of it is right.
             at = self._land(partial, buffer[:held], at)
         self._ended(partial, body, at)
 
-    def _room(self, at: int, held: int) -> int:
-        """How much fits before it is written: up to the block's end, or the buffer's."""
+    def _room(self, at: int, end: int | None) -> int:
+        """How much of a body is held before it is written: up to a block's end, or the buffer's."""
         to_boundary = self._block_bytes - at % self._block_bytes
-        return min(to_boundary, BUFFER_BYTES) - held
+        return min(to_boundary, BUFFER_BYTES, to_boundary if end is None else end - at)
 
     def _ended(self, partial: Partial, body: Body, at: int) -> None:
         if body.nbytes is not None:

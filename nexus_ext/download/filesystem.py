@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from nexus_ext.download.body import nothing, pieces_reader
 from nexus_ext.download.facts import Download
 from nexus_ext.download.line import Line
 from nexus_ext.download.patience import Trouble
 from nexus_ext.download.source import Body, Facts
+from nexus_ext.drivers import credential_errors, driver_errors
 from nexus_ext.errors import (
     AccessDenied,
     ConfigError,
@@ -51,7 +52,7 @@ class FileSystemSource:
             end - start,
             span is None,
             True,
-            pieces() if start < end else iter(()),
+            pieces_reader(pieces()) if start < end else nothing,
             lambda: None,
             self._scheme,
         )
@@ -82,9 +83,9 @@ class FileSystemSource:
             raise SourceMissing(f"{name}, but is not there; check the URL") from None
         except IsADirectoryError:
             raise ContentMismatch(f"{name}, but is a directory; name a file of it") from None
-        except PermissionError:
+        except credential_errors():
             raise AccessDenied(f"{name}, but may not be read; check its credentials") from None
-        except (OSError, asyncio.TimeoutError) as error:
+        except driver_errors() as error:
             # Its text may hold a signed URL.
             raise Trouble(
                 f"the file system {self._scheme} failed ({type(error).__name__})"

@@ -12,17 +12,18 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from nexus_ext.download.body import ReadInto, answer_reader
 from nexus_ext.errors import MissingExtra
 
 if TYPE_CHECKING:
     import httpx2
 
-__all__ = ["BUFFER_BYTES", "Line", "LineSettings", "http2_state", "needs_httpx2"]
+__all__ = ["BUFFER_BYTES", "Line", "LineSettings", "Tally", "http2_state", "needs_httpx2"]
 
 _LOGGERS = (
     "httpx2",
@@ -97,12 +98,22 @@ class LineSettings:
             return self._default_context
 
 
+class Tally(Protocol):
+    """What counts what lines do, whoever's they are. Called from the owners' threads."""
+
+    def count_request(self, version: str, is_new: bool) -> None:
+        """An answer's head came, over HTTP/1.1 or HTTP/2, on a new connection or a kept one."""
+
+    def count_body(self, is_direct: bool) -> None:
+        """Its body is about to be read, past h11 or through it."""
+
+
 class Line:
     """One connection at most, kept while it is useful. One thread's, but for `abort`."""
 
-    def __init__(self, settings: LineSettings, on_request: Callable[[str, bool], None]) -> None:
+    def __init__(self, settings: LineSettings, tally: Tally) -> None:
         self._settings = settings
-        self._on_request = on_request
+        self._tally = tally
         self._clients: dict[str, httpx2.Client] = {}
         self._socket: Any = None
         self._has_connected = False
@@ -123,8 +134,14 @@ class Line:
         )
         response = client.send(request, stream=True, auth=None, follow_redirects=False)
         client.cookies.clear()
-        self._on_request(response.http_version, self._has_connected)
+        self._tally.count_request(response.http_version, self._has_connected)
         return response
+
+    def reader_of(self, response: httpx2.Response) -> ReadInto:
+        """What reads the body of the answer that `get` gave last; see `Body.read_into`."""
+        read_into, is_direct = answer_reader(response, self._settings.timeout_seconds)
+        self._tally.count_body(is_direct)
+        return read_into
 
     def renew(self) -> None:
         """Another task begins; what was cut before is forgotten."""

@@ -1,12 +1,10 @@
-"""A file that is arriving, and its journal beside it: made, taken over, published, removed.
+"""A file that is arriving, and its journal beside it: made, published, left, removed.
 
     .NAME.TOKEN.part            the bytes, sparse
     .NAME.TOKEN.OWNER.journal   what of them may be believed
 
 No two processes ever write one part: its token is unique, and to rename the journal is to take the
-pair over. That is done only where the owner is gone for certain (`owners`). Where nobody can say,
-the blocks are copied into a file of one's own. Locks decide nothing; where they work, they spare
-such a copy.
+pair over (`leftovers`). Locks decide nothing; where they work, they spare a copy.
 """
 
 from __future__ import annotations
@@ -16,23 +14,20 @@ import errno
 import fcntl
 import hashlib
 import os
-import re
 import secrets
-import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-from nexus_ext.download.journal import Block, Head, block_line, head_line, new_hasher, parse
-from nexus_ext.download.owners import Fate, fate, free_name, own_name
+from nexus_ext.download.journal import Block, Head, block_line, head_line
 from nexus_ext.download.ranges import Ranges
+from nexus_ext.download.writeback import start_writeback
 from nexus_ext.errors import DownloadError, NexusError, WriteError
+from nexus_ext.owners import free_name, own_name
 
-__all__ = ["Partial", "adopt", "writing"]
+__all__ = ["OPEN_FLAGS", "Partial", "stem_of", "try_lock", "writing"]
 
-_READ_BYTES = 1 << 20
 _MAX_STEM_BYTES = 80  # names are at most 255 bytes long, and ours add about 100
-_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 @contextlib.contextmanager
@@ -49,7 +44,8 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _stem(target: Path) -> str:
+def stem_of(target: Path) -> str:
+    """What the names of a target's parts begin with."""
     name = os.fsencode(target.name)
     if len(name) <= _MAX_STEM_BYTES:
         return target.name
@@ -70,11 +66,11 @@ class Partial:
         self.is_gone = False
         self._token = token
         self._journal_path = self._journal_at(own_name())
-        self.path = target.parent / f".{_stem(target)}.{token}.part"
+        self.path = target.parent / f".{stem_of(target)}.{token}.part"
         self._file = self._journal = -1
 
     def _journal_at(self, owner: str) -> Path:
-        return self.target.parent / f".{_stem(self.target)}.{self._token}.{owner}.journal"
+        return self.target.parent / f".{stem_of(self.target)}.{self._token}.{owner}.journal"
 
     @classmethod
     def create(cls, target: Path, head: Head) -> Partial:
@@ -100,12 +96,45 @@ class Partial:
     def _make(self) -> None:
         _check_room(self.target.parent, self.head.nbytes or 0)
         # The journal first: a part is never without one, so none is ever forgotten.
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS
         self._journal = os.open(self._journal_path, flags | os.O_APPEND, 0o666)
-        _try_lock(self._journal)
-        _write_all(self._journal, head_line(self.head))
+        try_lock(self._journal)
+        _append(self._journal, head_line(self.head))
         self._file = os.open(self.path, flags, 0o666)
         os.ftruncate(self._file, self.head.nbytes or 0)
+
+    @classmethod
+    def taken_over(
+        cls, target: Path, token: str, head: Head, journal: int, journal_path: Path
+    ) -> Partial | None:
+        """A pair that was left, without its part; None if somebody else was faster.
+
+        Args:
+            journal: Its descriptor; closed here where None is returned.
+            journal_path: The name it was left by.
+        """
+        partial = cls(target, token, head)
+        partial._journal = journal
+        try:
+            # Of several who try only one finds the old name.
+            os.rename(journal_path, partial._journal_path)
+        except FileNotFoundError:
+            partial.close()
+            return None
+        return partial
+
+    def open_part(self) -> os.stat_result:
+        """Open the bytes of a pair that was taken over.
+
+        Raises:
+            OSError: They are not there, or not to be had.
+        """
+        self._file = os.open(self.path, os.O_RDWR | OPEN_FLAGS)
+        return os.fstat(self._file)
+
+    def end_torn_line(self) -> None:
+        """Begin a line in a journal whose last one is torn."""
+        _append(self._journal, b"\n")
 
     @property
     def nbytes(self) -> int | None:
@@ -130,7 +159,7 @@ class Partial:
     def record(self, block: Block) -> None:
         """Append to the journal; the bytes were written before."""
         with writing(self.target):
-            _write_all(self._journal, block_line(block))
+            _append(self._journal, block_line(block))
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Read back what stands in the part; returns the number of bytes."""
@@ -145,6 +174,10 @@ class Partial:
     def dup(self) -> int:
         """Another descriptor of the part, for reading; the caller's to close."""
         return os.open(f"/proc/self/fd/{self._file}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def start_writeback(self, start: int, end: int) -> None:
+        """Have the disk begin with these bytes; does not wait for it. Errors come in `publish`."""
+        start_writeback(self._file, start, end - start)
 
     def publish(self) -> None:
         """Make it the target: data to the disk, the name, the folder. The journal goes.
@@ -199,7 +232,7 @@ class Partial:
         self._file = self._journal = -1
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _append(descriptor: int, data: bytes) -> None:
     # A journal's line is one write, so that lines of several threads never mix. A disk that takes
     # half of it is full; the torn line is not believed.
     if os.write(descriptor, data) != len(data):
@@ -225,7 +258,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Lock it; False where somebody else has. True where there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -233,174 +267,3 @@ def _try_lock(descriptor: int) -> bool:
     except OSError:  # no locks here: nothing depends on them
         return True
     return True
-
-
-# -- taking over ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A pair that somebody left, or works on."""
-
-    journal: Path
-    token: str
-    fate: Fate
-
-
-def adopt(target: Path, key: str) -> Partial | None:
-    """Take over the best of what was left for this target, and remove the rest.
-
-    Every block is read again and compared before it counts as landed. What belongs to a process
-    that is alive stays untouched.
-
-    Raises:
-        WriteError: The folder refuses.
-    """
-    best: Partial | None = None
-    with writing(target):
-        for found in _find(target):
-            partial = _take(target, found, key)
-            if partial is None:
-                continue
-            best, worse = _better(best, partial)
-            if worse is not None:
-                worse.remove()
-                worse.close()
-    return best
-
-
-def _better(one: Partial | None, two: Partial) -> tuple[Partial, Partial | None]:
-    if one is None or two.landed.nbytes > one.landed.nbytes:
-        return two, one
-    return one, two
-
-
-def _find(target: Path) -> list[_Found]:
-    wanted = re.compile(re.escape(f".{_stem(target)}.") + r"([0-9a-f]{16})\.([0-9a-z-]+)\.journal")
-    if not target.parent.is_dir():
-        return []
-    with os.scandir(target.parent) as entries:
-        matches = [match for entry in entries if (match := wanted.fullmatch(entry.name))]
-    found = [_Found(target.parent / match[0], match[1], fate(match[2])) for match in matches]
-    return [one for one in found if one.fate != "alive"]
-
-
-def _take(target: Path, found: _Found, key: str) -> Partial | None:
-    """A pair that is ours now, its blocks verified; None if it was not to be had, or useless."""
-    opened = _open_journal(found)
-    if opened is None:
-        return None
-    journal, data = opened
-    parsed = parse(data)
-    partial = Partial(target, found.token, parsed[0] if parsed else Head(key, 0, ""))
-    partial._journal = journal
-    try:
-        # Of several who try only one finds the old name.
-        os.rename(found.journal, partial._journal_path)
-    except FileNotFoundError:
-        partial.close()
-        return None
-    if parsed is None or parsed[0].key != key or not _open_part(partial):
-        partial.remove()
-        partial.close()
-        return None
-    if found.fate == "unknown":
-        return _copy(partial, parsed[1])
-    if not data.endswith(b"\n"):
-        _write_all(journal, b"\n")  # ends a torn line
-    _verify(partial, parsed[1])
-    return partial
-
-
-def _open_journal(found: _Found) -> tuple[int, bytes] | None:
-    """The journal, open, locked as far as locks go, and its bytes; None if it is not for us."""
-    try:
-        journal = os.open(found.journal, os.O_RDWR | os.O_APPEND | _FLAGS)
-    except OSError as error:
-        if _is_not_for_us(error):
-            return None
-        raise
-    is_for_us = _is_plain(journal) and (_try_lock(journal) or found.fate != "unknown")
-    if not is_for_us:
-        os.close(journal)
-        return None
-    return journal, _read_all(journal)
-
-
-def _read_all(descriptor: int) -> bytes:
-    data = bytearray()
-    while piece := os.pread(descriptor, _READ_BYTES, len(data)):
-        data += piece
-    return bytes(data)
-
-
-def _open_part(partial: Partial) -> bool:
-    try:
-        partial._file = os.open(partial.path, os.O_RDWR | _FLAGS)
-    except OSError as error:
-        if _is_not_for_us(error):
-            return False
-        raise
-    return _is_plain(partial._file) and os.fstat(partial._file).st_size == partial.nbytes
-
-
-def _is_not_for_us(error: OSError) -> bool:
-    """Gone, another user's, or a link or a device; what else may happen is an error."""
-    return error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO)
-
-
-def _is_plain(descriptor: int) -> bool:
-    """A regular file with one name, of this user: nobody else prepared it."""
-    status = os.fstat(descriptor)
-    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid()
-
-
-def _verify(partial: Partial, blocks: Sequence[Block]) -> None:
-    for block in blocks:
-        if _holds(partial, block):
-            partial.landed.add(block.offset, block.offset + block.nbytes)
-
-
-def _holds(partial: Partial, block: Block) -> bool:
-    """Whether a block is still what was journalled: a power cut may have undone it."""
-    algorithm, _, digest = block.digest.partition(":")
-    hasher = new_hasher(algorithm)[1]
-    if hasher is None:
-        return False
-    buffer = memoryview(bytearray(min(_READ_BYTES, block.nbytes)))
-    at, end = block.offset, block.offset + block.nbytes
-    while at < end:
-        got = partial.read_into(buffer[: end - at], at)
-        if got == 0:
-            return False
-        hasher.update(buffer[:got])
-        at += got
-    return hasher.hexdigest() == digest
-
-
-def _copy(old: Partial, blocks: Sequence[Block]) -> Partial:
-    """The blocks in a part of our own: the old owner may be alive, and write."""
-    own = Partial.create(old.target, old.head)
-    try:
-        for block in blocks:
-            _copy_bytes(old._file, own._file, block)
-            if _holds(own, block):
-                own.record(block)
-                own.landed.add(block.offset, block.offset + block.nbytes)
-    except OSError:
-        own.remove()
-        own.close()
-        raise
-    finally:
-        old.remove()
-        old.close()
-    return own
-
-
-def _copy_bytes(source: int, target: int, block: Block) -> None:
-    at, end = block.offset, block.offset + block.nbytes
-    while at < end:
-        data = os.pread(source, min(_READ_BYTES, end - at), at)
-        if not data:
-            return
-        at += os.pwrite(target, data, at)

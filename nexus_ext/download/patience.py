@@ -9,7 +9,7 @@ from email.utils import parsedate_to_datetime
 
 from nexus_ext.errors import DownloadError, SourceUnavailable
 
-__all__ = ["Clock", "Trouble", "backoff_seconds", "retry_after_seconds"]
+__all__ = ["Clock", "Failures", "Trouble", "backoff_seconds", "retry_after_seconds"]
 
 _FIRST_SECONDS = 0.5
 _MOST_SECONDS = 30.0
@@ -66,3 +66,51 @@ def retry_after_seconds(value: str | None) -> float | None:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, OverflowError, TypeError):
         return None
+
+
+class Failures:
+    """The failures of one download's requests, and the pause after them. Not for several threads.
+
+    Args:
+        block_bytes: So many bytes that have landed end a row of failures.
+        max_retries: Failures in a row that may pass.
+        clock: What pauses go by.
+    """
+
+    def __init__(self, block_bytes: int, max_retries: int, clock: Clock) -> None:
+        self.num_incidents = 0  # failures of requests under way together are one
+        self._block_bytes = block_bytes
+        self._max_retries = max_retries
+        self._clock = clock
+        self._in_a_row = 0
+        self._landed_since = 0
+        self._not_before = 0.0
+
+    def pause_seconds(self) -> float:
+        """How long no request may be sent."""
+        return max(0.0, self._not_before - self._clock.now())
+
+    def landed(self, nbytes: int) -> None:
+        """Bytes have come."""
+        self._landed_since += nbytes
+        if self._landed_since >= self._block_bytes:
+            self._landed_since = self._in_a_row = 0
+
+    def may_retry(self, trouble: Trouble, incidents_then: int) -> bool:
+        """Count a failure, and pause; False where there were too many.
+
+        Args:
+            trouble: What happened.
+            incidents_then: `num_incidents` when the request began.
+        """
+        pause = trouble.retry_after_seconds
+        if incidents_then == self.num_incidents:
+            self.num_incidents += 1
+            self._in_a_row += 1
+            if self._in_a_row > self._max_retries:
+                return False
+        elif pause is None:
+            return True
+        until = self._clock.now() + backoff_seconds(self._in_a_row, pause)
+        self._not_before = max(self._not_before, until)
+        return True

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from nexus_ext.download.body import ReadInto
 from nexus_ext.download.line import Line
 
 __all__ = ["Body", "Facts", "Source"]
@@ -34,7 +35,8 @@ class Body:
         nbytes: How many will come; None where only the end will tell.
         is_whole: The answer is the whole file, even if a range was asked for.
         is_framed: Its end can be told from a broken connection.
-        pieces: The bytes. Raises Trouble where the connection breaks.
+        read_into: Puts the next bytes into a buffer that is not empty, and returns how many; 0 is
+            the end. Blocks until there is one; raises Trouble where the connection breaks.
         close: Stop; may be called at any time, and twice.
         version: "HTTP/1.1", "HTTP/2", or the scheme.
     """
@@ -44,7 +46,7 @@ class Body:
     nbytes: int | None
     is_whole: bool
     is_framed: bool
-    pieces: Iterator[bytes]
+    read_into: ReadInto
     close: Callable[[], None]
     version: str
 

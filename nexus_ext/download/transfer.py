@@ -10,36 +10,25 @@ methods but those that say otherwise are called with the lock of `changed` held.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal
 
-from nexus_ext.download.facts import Download, Fetched
+from nexus_ext.download.facts import Download, Fetched, key_of
 from nexus_ext.download.line import Line
 from nexus_ext.download.partial import Partial
-from nexus_ext.download.patience import Clock, Trouble, backoff_seconds
-from nexus_ext.download.ranges import Ranges
+from nexus_ext.download.patience import Clock, Failures, Trouble
+from nexus_ext.download.progress import Progress, Teller
+from nexus_ext.download.schedule import Schedule
 from nexus_ext.download.source import Facts, Source
-from nexus_ext.errors import (
-    AccessDenied,
-    ContentMismatch,
-    DownloadCancelled,
-    DownloadError,
-    NexusError,
-    SourceChanged,
-    SourceUnavailable,
-)
+from nexus_ext.download.verdicts import changed_error, final_error, is_worth_keeping
+from nexus_ext.errors import DownloadError, SourceChanged
 
-__all__ = ["Limits", "Progress", "Task", "Transfer", "key_of"]
-
-Progress = Callable[[str, int, "int | None"], None]
+__all__ = ["Limits", "Task", "Transfer"]
 
 _MAX_RESTARTS = 3
-# After these a later call goes on with what has arrived.
-_RESUMABLE = (SourceUnavailable, AccessDenied, DownloadCancelled)
 
 
 @dataclass(frozen=True)
@@ -80,16 +69,6 @@ class Task:
         return error is None or isinstance(error, Exception)
 
 
-def key_of(download: Download) -> str:
-    """What a part must be a part of: the digest, or else the very source. Holds no secret."""
-    if download.sha256 is not None:
-        return f"sha256:{download.sha256.lower()}"
-    scheme, _, rest = download.url.partition("://")
-    authority, slash, path = rest.partition("/")
-    plain = f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
-    return f"url:{hashlib.sha256(plain.encode()).hexdigest()}"
-
-
 class Transfer:
     """The state of one download; see the module."""
 
@@ -123,19 +102,14 @@ class Transfer:
         self._clock = clock
         self._follow = follow  # starts a thread that hashes a part and publishes it
         self._began = clock.now()
-        self._not_before = 0.0
-        self._failures = 0  # in a row, without a block's worth of bytes in between
-        self._landed_since = 0
-        self._incidents = 0  # failures of requests under way together are one
+        self._failures = Failures(limits.block_bytes, limits.max_retries, clock)
         self._restarts = 0
         self._is_opening = False
         self._whole_is_busy = False
-        self._missing = Ranges()
-        self._wants: list[tuple[int, int]] = []
+        self._schedule = Schedule(limits.block_bytes)
         self._tasks: list[Task] = []
         self._followers = 0
-        self._progress_lock = threading.Lock()
-        self._told_bytes = -1
+        self._teller = Teller(str(download.path), limits.progress)
 
     # -- what comes next -------------------------------------------------------------------------
 
@@ -146,11 +120,11 @@ class Transfer:
 
     @property
     def has_wants(self) -> bool:
-        return any(self._missing.within(*want) for want in self._wants)
+        return self._schedule.has_wants
 
     def pause_seconds(self) -> float:
         """How long no work may be taken, because a request failed."""
-        return max(0.0, self._not_before - self._clock.now())
+        return self._failures.pause_seconds()
 
     def take(self, line: Line) -> Task | None:
         """The next task, or None."""
@@ -165,8 +139,7 @@ class Transfer:
             if not self._whole_is_busy and not self.partial.is_complete:
                 self._whole_is_busy = True
                 task = self._task("whole", (0, 0), line)
-        elif (span := self._next_span()) is not None:
-            self._missing.remove(*span)
+        elif (span := self._schedule.take(self.partial.nbytes or 0, self.is_lazy)) is not None:
             task = self._task("block", span, line)
         return task
 
@@ -174,78 +147,18 @@ class Transfer:
         self, kind: Literal["open", "block", "whole"], span: tuple[int, int], line: Line
     ) -> Task:
         line.renew()
-        task = Task(self, kind, self.partial, span, self._incidents, line)
+        task = Task(self, kind, self.partial, span, self._failures.num_incidents, line)
         self._tasks.append(task)
         if self.partial is not None:
             self.partial.users += 1
         return task
 
-    def _next_span(self) -> tuple[int, int] | None:
-        """The first missing block, what was wanted before the rest."""
-        self._wants = [want for want in self._wants if self._missing.within(*want)]
-        everything = [] if self.is_lazy else [(0, self._nbytes or 0)]
-        for want in [*self._wants, *everything]:
-            if (piece := self._missing.within(*want)) is not None:
-                return self._block_around(piece[0])
-        return None
-
-    def _block_around(self, offset: int) -> tuple[int, int]:
-        """What is missing around `offset`, as far as the block reaches that it lies in."""
-        block = self._limits.block_bytes
-        at = offset // block * block
-        while (piece := self._missing.within(at, (offset // block + 1) * block)) is not None:
-            if piece[1] > offset:
-                return piece
-            at = piece[1]
-        raise AssertionError(f"byte {offset} is not missing")
-
-    @property
-    def _nbytes(self) -> int | None:
-        return self.partial.nbytes if self.partial is not None else None
-
     def want(self, spans: Sequence[tuple[int, int]]) -> None:
         """These come next, in this order, before what was wanted earlier."""
-        self._wants = [*spans, *self._wants]
+        self._schedule.want(spans)
         self.changed.notify_all()
 
     # -- opening ---------------------------------------------------------------------------------
-
-    def first_span(self) -> tuple[int, int]:
-        """What to ask for while opening: a block that is missing, or the last byte."""
-        partial = self.candidate
-        if partial is None or partial.nbytes is None:
-            return 0, self._limits.block_bytes
-        gaps = partial.landed.gaps(0, partial.nbytes)
-        if not gaps:
-            return max(0, partial.nbytes - 1), max(1, partial.nbytes)
-        start, end = gaps[0]
-        block = self._limits.block_bytes
-        return start, min(end, (start // block + 1) * block)
-
-    def needs_no_source(self) -> bool:
-        """Everything is there, and its digest will judge it."""
-        return (
-            self.candidate is not None
-            and self.candidate.is_complete
-            and self.download.sha256 is not None
-        )
-
-    def is_right_candidate(self, facts: Facts) -> bool:
-        """Whether what an earlier call left is a part of the file that the source has now."""
-        head = self.candidate.head if self.candidate is not None else None
-        if head is None or facts.nbytes is None or head.nbytes != facts.nbytes:
-            return False
-        can_tell = facts.validator != "" or self.download.sha256 is not None
-        return can_tell and head.validator == facts.validator
-
-    def check_size(self, facts: Facts) -> None:
-        """Raises ContentMismatch where the source has not as many bytes as were asked for."""
-        wanted = self.download.nbytes
-        if wanted is not None and facts.nbytes is not None and facts.nbytes != wanted:
-            raise ContentMismatch(
-                f"{self.download.source} must have {wanted} bytes, but has {facts.nbytes}; check "
-                "the URL and its revision"
-            )
 
     def opened(self, task: Task, partial: Partial, span: tuple[int, int] | None) -> bool:
         """The part is there, and the opener fetches `span` of it, or all where that is None.
@@ -260,11 +173,8 @@ class Transfer:
         self._is_opening = False
         self.whole = self._whole_is_busy = span is None
         task.kind, task.span = ("whole", (0, 0)) if span is None else ("block", span)
-        self._missing = Ranges()
-        if partial.nbytes is not None:
-            for gap in partial.landed.gaps(0, partial.nbytes):
-                self._missing.add(*gap)
-        self._missing.remove(*task.span)
+        self._schedule.begin(partial.landed, partial.nbytes)
+        self._schedule.remove(task.span)
         self.bytes_reused = partial.landed.nbytes
         self._start_follower(partial)
         self.changed.notify_all()
@@ -299,10 +209,8 @@ class Transfer:
         partial.landed.add(start, end)
         if partial is not self.partial:
             return
-        self._missing.remove(start, end)
-        self._landed_since += end - start
-        if self._landed_since >= self._limits.block_bytes:
-            self._landed_since = self._failures = 0
+        self._schedule.remove((start, end))
+        self._failures.landed(end - start)
         self.changed.notify_all()
 
     def settle(self, partial: Partial, nbytes: int) -> None:
@@ -312,16 +220,14 @@ class Transfer:
 
     def tell_progress(self) -> None:
         """Call the user's callback. Without the lock: it may take its time, or raise."""
-        if self._limits.progress is None:
-            return
-        with self._progress_lock:
-            with self.changed:
-                partial = self.partial
-                done = partial.landed.nbytes if partial is not None else 0
-                total = partial.nbytes if partial is not None else self.download.nbytes
-            if done != self._told_bytes:
-                self._told_bytes = done
-                self._limits.progress(str(self.download.path), done, total)
+        self._teller.tell(self._state)
+
+    def _state(self) -> tuple[int, int | None]:
+        """How many bytes have landed, and of how many. Without the lock."""
+        with self.changed:
+            if self.partial is None:
+                return 0, self.download.nbytes
+            return self.partial.landed.nbytes, self.partial.nbytes
 
     def is_there(self, start: int, end: int) -> bool:
         return self.fetched is not None or (
@@ -356,54 +262,22 @@ class Transfer:
         elif task.kind == "whole":
             self._whole_is_busy = False
         elif self.partial is not None:
-            for gap in self.partial.landed.gaps(*task.span):
-                self._missing.add(*gap)
+            self._schedule.give_back(self.partial.landed, task.span)
         self.changed.notify_all()
 
     def _received(self, error: BaseException, task: Task) -> None:
         if isinstance(error, Trouble):
-            self._trouble(error, task.incidents_then)
-        else:
-            self.failed(error)
+            self.num_retries += 1
+            if self._failures.may_retry(error, task.incidents_then):
+                return
+        self.failed(error)
 
     def failed(self, error: BaseException) -> None:
         """What a retry does not mend."""
         if isinstance(error, SourceChanged):
             self.source_changed(error)
-        elif isinstance(error, NexusError):
-            self.fail(error)
-        elif isinstance(error, Trouble):
-            self.fail(self._final(error))
         else:
-            wrapped = DownloadError(
-                f"{self.download.source}: neither a source nor a callback may fail like this: "
-                f"{type(error).__name__}; its own error is attached"
-            )
-            wrapped.__cause__ = error
-            self.fail(wrapped)
-
-    def _trouble(self, trouble: Trouble, incidents_then: int) -> None:
-        """Count a failure, and pause. Requests that were under way together fail once."""
-        pause = trouble.retry_after_seconds
-        self.num_retries += 1
-        if incidents_then == self._incidents:
-            self._incidents += 1
-            self._failures += 1
-            if self._failures > self._limits.max_retries:
-                self.fail(self._final(trouble))
-                return
-        elif pause is None:
-            return
-        until = self._clock.now() + backoff_seconds(self._failures, pause)
-        self._not_before = max(self._not_before, until)
-
-    def _final(self, trouble: Trouble) -> DownloadError:
-        kept = "what arrived is kept" if trouble.kind in _RESUMABLE else "nothing is kept"
-        return trouble.kind(
-            f"{self.download.source} may fail {self._limits.max_retries} times in a row, but did "
-            f"once more; the last time {trouble}; check network and server, and fetch again "
-            f"({kept})"
-        )
+            self.fail(final_error(self.download, self._limits.max_retries, error))
 
     def source_changed(self, error: SourceChanged) -> None:
         """Start anew in another part, unless somebody has used bytes of this one."""
@@ -430,10 +304,7 @@ class Transfer:
         self.changed.notify_all()
 
     def changed_error(self) -> SourceChanged:
-        return SourceChanged(
-            f"{self.download.source} must stay as it is while it is fetched, but another size, "
-            "ETag or date came; fetch again"
-        )
+        return changed_error(self.download)
 
     # -- ending ----------------------------------------------------------------------------------
 
@@ -484,19 +355,10 @@ class Transfer:
             parts = [part for part in (self.partial, self.candidate) if part is not None]
             self.partial = self.candidate = None
             for part in parts:
-                if self._is_worth_keeping(part):
+                if is_worth_keeping(part, self.download, self.error):
                     part.release()
                 else:
                     part.remove()
                 part.close()
             self.ended = True
             self.changed.notify_all()
-
-    def _is_worth_keeping(self, part: Partial) -> bool:
-        can_resume = part.head.validator != "" or self.download.sha256 is not None
-        return (
-            isinstance(self.error, _RESUMABLE)
-            and bool(part.landed)
-            and part.nbytes is not None
-            and can_resume
-        )

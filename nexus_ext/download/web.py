@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import re
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from posixpath import splitext
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
+from nexus_ext.download.body import nothing
 from nexus_ext.download.facts import Download, shown
 from nexus_ext.download.line import Line, needs_httpx2
 from nexus_ext.download.patience import Trouble, retry_after_seconds
@@ -61,7 +62,7 @@ class WebSource:
             self._lead = None
             response = self._follow(line, self._url, span, validator)
         try:
-            return self._judge(response, span, validator)
+            return self._judge(line, response, span, validator)
         except (DownloadError, Trouble):
             response.close()
             raise
@@ -145,22 +146,22 @@ class WebSource:
     # -- judging ---------------------------------------------------------------------------------
 
     def _judge(
-        self, response: httpx2.Response, span: tuple[int, int] | None, validator: str
+        self, line: Line, response: httpx2.Response, span: tuple[int, int] | None, validator: str
     ) -> Body:
         status, headers = response.status_code, response.headers
         if status == 416 and _EMPTY_RANGE.fullmatch(headers.get("content-range", "")):
             response.close()
-            return self._body(response, Facts(0, _validator(headers)), 0, 0, is_whole=True)
+            return self._body(line, response, Facts(0, _validator(headers)), 0, 0, is_whole=True)
         if status not in (200, 206):
             raise self._refusal(status, headers, validator)
         self._check_content(headers)
         if status == 200:
             nbytes = self._length(headers)
             facts = Facts(nbytes, _validator(headers))
-            return self._body(response, facts, 0, nbytes, is_whole=True)
-        return self._part(response, span)
+            return self._body(line, response, facts, 0, nbytes, is_whole=True)
+        return self._part(line, response, span)
 
-    def _part(self, response: httpx2.Response, span: tuple[int, int] | None) -> Body:
+    def _part(self, line: Line, response: httpx2.Response, span: tuple[int, int] | None) -> Body:
         headers = response.headers
         match = _CONTENT_RANGE.fullmatch(headers.get("content-range", "").strip())
         if span is None or match is None:
@@ -173,10 +174,11 @@ class WebSource:
         if self._length(headers) not in (None, last + 1 - first):
             raise self._nonsense("a length that is not that of its range")
         facts = Facts(total, _validator(headers))
-        return self._body(response, facts, first, last + 1 - first, is_whole=False)
+        return self._body(line, response, facts, first, last + 1 - first, is_whole=False)
 
     def _body(
         self,
+        line: Line,
         response: httpx2.Response,
         facts: Facts,
         offset: int,
@@ -185,18 +187,17 @@ class WebSource:
     ) -> Body:
         framed = nbytes is not None or response.http_version == "HTTP/2"
         framed = framed or "chunked" in response.headers.get("transfer-encoding", "").lower()
-        pieces = iter(()) if facts.nbytes == 0 else self._pieces(response)
+        read_into = nothing if facts.nbytes == 0 else line.reader_of(response)
         return Body(
-            facts, offset, nbytes, is_whole, framed, pieces, response.close, response.http_version
+            facts,
+            offset,
+            nbytes,
+            is_whole,
+            framed,
+            read_into,
+            response.close,
+            response.http_version,
         )
-
-    def _pieces(self, response: httpx2.Response) -> Iterator[bytes]:
-        import httpx2
-
-        try:
-            yield from response.iter_raw()
-        except (httpx2.TransportError, httpx2.StreamError) as error:
-            raise Trouble(f"the body broke off ({type(error).__name__})") from None
 
     def _check_content(self, headers: httpx2.Headers) -> None:
         coding = headers.get("content-encoding", "").strip().lower()
