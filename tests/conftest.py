@@ -62,7 +62,9 @@ def _load_beside(name: str, folder: str = "simcuda") -> Any:
     return module
 
 
-_load_beside("http_server", folder="")  # tests of downloads import it by this name
+# Tests import these by their names: what those of downloads share, and those of the cache.
+_load_beside("http_server", folder="")
+_load_beside("cache_bench", folder="")
 
 # tests/test_on_simcuda.py starts a process with a simulated driver, for the tests that take either.
 SIMULATED_DRIVER = os.environ.get("SIMCUDA")

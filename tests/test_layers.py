@@ -38,10 +38,11 @@ ALLOWED: dict[str, set[str]] = {
     "cache.reading": {"cache.blob", "device", "engine", "errors", "ops"},
     "cache.report": set(),
     "cache.index_file": {"cache.owners"},
-    "cache.index": {"cache.index_file", "errors"},
+    "cache.forks": set(),
+    "cache.index": {"cache.forks", "cache.index_file", "errors"},
     "cache.touches": {"cache.index"},
     "cache.folder": {"cache.index_file", "cache.owners", "errors"},
-    "cache.holds": {"cache.blob"},
+    "cache.holds": {"cache.blob", "errors"},
     "cache.zone": {
         "cache.blob",
         "cache.folder",

@@ -212,14 +212,20 @@ def write_blob(
         os.rename(temporary, path)
         _flush_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _remove_if_possible(temporary)
         raise WriteError(
             f"A cache must be able to write; {path} ({header.file_nbytes} bytes) could not be "
             f"written: {error.strerror}. Make room, or give the cache another folder."
         ) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove_if_possible(temporary)
         raise
+
+
+def _remove_if_possible(path: Path) -> None:
+    # Where nothing can be written, nothing can be removed either. Whoever opens next does it.
+    with suppress(OSError):
+        path.unlink()
 
 
 def _write_all(descriptor: int, views: list[memoryview]) -> None:
@@ -279,7 +285,7 @@ def read_header(descriptor: int, name: str) -> Header:
 
     Raises:
         CorruptCheckpoint: It is not one, or the file is cut or longer.
-        ReadError: The disk answered with an error; has its errno.
+        ReadError: The disk answered with an error; has its errno. Without one the stack is full.
     """
     size = os.fstat(descriptor).st_size
     if size < _ALIGNMENT:
@@ -343,7 +349,13 @@ def _parse_json(text: bytes, name: str) -> tuple[str, str, dict[str, Any], int]:
     """Under its checksum the text is ours; a stranger's may still be anything."""
     try:
         said = json.loads(text)
-    except (ValueError, RecursionError):
+    except RecursionError:
+        # The caller's stack may be nearly full: that says nothing about the file.
+        raise ReadError(
+            "What a cached file says about itself is looked at on a stack with room for it; for "
+            f"{name} there was too little. Use the cache from fewer calls deep."
+        ) from None
+    except ValueError:
         raise _corrupt(name, "its description is no JSON") from None
     if isinstance(said, dict):
         key, kind, about, created = (said.get(k) for k in ("key", "kind", "about", "created_ns"))

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +33,7 @@ from nexus_ext.cache.room import Room
 from nexus_ext.cache.rotation import Rotation
 from nexus_ext.cache.totals import Totals
 from nexus_ext.cache.touches import Touches
-from nexus_ext.cache.zone import Zone
+from nexus_ext.cache.zone import Fate, Zone
 from nexus_ext.engine import Faults
 from nexus_ext.errors import (
     ConfigError,
@@ -104,7 +104,7 @@ class DiskTier:
         budget = write_budget_bytes_per_day
         self._write_budget = None if budget is None else parse_bytes(budget)
         mode = BlockMode(io, use_uring, faults)
-        self._zones = [Zone(folder, shared, mode) for folder in dict.fromkeys(folders)]
+        self._zones = _open_zones(dict.fromkeys(folders), shared, mode)
         self._touches = {zone.folder.path: Touches(zone.index) for zone in self._zones}
         self._rotation = Rotation(len(self._zones))
         self._counts: Counter[str] = Counter()
@@ -160,11 +160,8 @@ class DiskTier:
                 f"An entry can be read while it is there; {entry.path} was evicted. Fetch its "
                 "bytes again; `hold` an entry that must stay."
             ) from None
-        except CorruptCheckpoint as error:
-            self._fail("corruptions", error)
-            raise
-        except ReadError as error:
-            self._fail("read_errors", error)
+        except (CorruptCheckpoint, ReadError) as error:
+            self._fail_reading(error)
             raise
         self._count("reads")
         self._count("read_ns", time.perf_counter_ns() - began)
@@ -207,7 +204,7 @@ class DiskTier:
         try:
             yield None if found is None else found[0].entry(found[1])
         finally:
-            if path is not None:
+            if path is not None and self._pid == os.getpid():
                 holds.let_go(path)
 
     def entries(self) -> list[Entry]:
@@ -277,7 +274,7 @@ class DiskTier:
             ReadError, WriteError: An index cannot be used.
         """
         self._check_open()
-        report = verify_zones(self._zones, lambda error: self._fail("corruptions", error))
+        report = verify_zones(self._zones, self._fail_reading)
         self._tidy()
         return report
 
@@ -372,7 +369,7 @@ class DiskTier:
         if header.stored_bytes > self._max_bytes:
             return self._refuse("too_large")
         if not self._may_write(header.file_nbytes):
-            return self._refuse("write_budget")
+            return self._refuse("write_budget")  # without a word to the index
         zone = known[0] if known is not None else self._next_zone()
         return self._write(zone, header, row, tensors)
 
@@ -382,10 +379,9 @@ class DiskTier:
         self._flush()
         for is_last in (False, True):
             try:
-                with self._room.lock:
-                    if not self._room.make(row.stored):
-                        return self._refuse("full")
-                    name = zone.announce(row)
+                name = self._announce(zone, header, row)
+                if name is None:
+                    return None
                 zone.write(name, header, row, tensors)
                 break
             except WriteError as error:
@@ -401,6 +397,27 @@ class DiskTier:
         self._count("written_bytes", header.file_nbytes)
         return zone.entry(row)
 
+    def _announce(self, zone: Zone, header: Header, row: Row) -> str | None:
+        """As `Zone.announce`, with room for it; None, and counted, where there is none.
+
+        First it counts, then room is made: of several who come at once, each sees the others.
+        """
+        with self._room.lock:
+            name = zone.announce(row)
+            try:
+                if not self._may_write(header.file_nbytes - row.stored):
+                    why = "write_budget"
+                elif not self._room.make():
+                    why = "full"
+                else:
+                    return name
+            except BaseException:
+                zone.withdraw(name, row)
+                raise
+            zone.withdraw(name, row)
+        self._refuse(why)
+        return None
+
     def _next_zone(self) -> Zone:
         free = [zone.folder.free_bytes() if zone.is_writable else 0 for zone in self._zones]
         chosen = self._rotation.next(free)
@@ -413,7 +430,8 @@ class DiskTier:
             return True
         now = time.time_ns()
         used = sum(zone.index.written_bytes_of_day(now) for zone in self._zones)
-        return used + nbytes <= self._write_budget
+        coming = sum(zone.index.pending_bytes() for zone in self._zones)
+        return used + coming + nbytes <= self._write_budget
 
     def _find(self, key: str) -> tuple[Zone, Row] | None:
         """Of several zones the one that was put last."""
@@ -445,8 +463,8 @@ class DiskTier:
                 zone.folder.path, 0, 0, free, 0, 0, zone.index.num_rebuilds, str(error)
             )
 
-    def _let_go(self, zone: Zone, digest: bytes) -> bool:
-        """Remove a blob because there is no room for it. False while it is held.
+    def _let_go(self, zone: Zone, digest: bytes) -> Fate:
+        """Remove a blob because there is no room for it, unless it is held.
 
         Raises:
             ReadError, WriteError: The indexes cannot be used, or the file not be removed.
@@ -457,7 +475,7 @@ class DiskTier:
         if not zone.is_writable:
             return False
         try:
-            return zone.evict(digest)
+            return zone.evict(digest) is Fate.REMOVED
         except WriteError as error:
             self._fail("write_errors", error)
             return False
@@ -475,7 +493,7 @@ class DiskTier:
         """No more than is allowed, whoever put it there."""
         try:
             with self._room.lock:
-                self._room.make(0)
+                self._room.make()
         except (WriteError, ReadError) as error:
             self._fail("write_errors", error)
 
@@ -521,6 +539,10 @@ class DiskTier:
         self._count(name)
         self._said["last_error"] = str(error)
 
+    def _fail_reading(self, error: Exception) -> None:
+        is_corrupt = isinstance(error, CorruptCheckpoint)
+        self._fail("corruptions" if is_corrupt else "read_errors", error)
+
     def _check_open(self) -> None:
         if self._pid != os.getpid():
             raise ForkedEngine(
@@ -529,6 +551,19 @@ class DiskTier:
             )
         if self._is_closed:
             raise EngineClosed("A disk tier must be open; this one was closed. Open another one.")
+
+
+def _open_zones(folders: Iterable[Path], shared: bool, mode: BlockMode) -> list[Zone]:
+    """All of them, or none stays open."""
+    zones: list[Zone] = []
+    try:
+        for folder in folders:
+            zones.append(Zone(folder, shared, mode))
+    except BaseException:
+        for zone in zones:
+            zone.index.close()
+        raise
+    return zones
 
 
 def _is_full(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nexus_ext.cache.index_file import unfinished_owner
 from nexus_ext.cache.owners import OWNER, Owner
-from nexus_ext.errors import ConfigError
+from nexus_ext.errors import ConfigError, ReadError
 
 __all__ = ["Folder", "remove_if_possible"]
 
@@ -129,8 +129,11 @@ class Folder:
                 remove_if_possible(self.blobs / name)
 
     def free_bytes(self) -> int:
-        """Of the file system, for this user."""
-        info = os.statvfs(self.path)
+        """Of the file system, for this user; 0 where it cannot be asked."""
+        try:
+            info = os.statvfs(self.path)
+        except OSError:
+            return 0
         return info.f_bavail * info.f_frsize
 
     def _try_to_write(self) -> str:
@@ -162,11 +165,17 @@ def _is_dead(owner: Owner, path: Path, began_seconds: float = 0) -> bool:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Raises ReadError where there may be some that cannot be seen now."""
     try:
         with os.scandir(folder) as found:
             return list(found)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
+    except OSError as error:
+        raise ReadError(
+            f"A cache must be able to look into its folders; {folder} cannot be looked into: "
+            f"{error.strerror}. Look at the disk, and at how many files may be open."
+        ) from error
 
 
 def _judge(path: Path, shared: bool) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from nexus_ext.cache import forks
 from nexus_ext.cache.index_file import (
     Connection,
     IndexFile,
@@ -23,7 +24,7 @@ from nexus_ext.cache.index_file import (
     is_broken,
     memory_index,
 )
-from nexus_ext.errors import ReadError, WriteError
+from nexus_ext.errors import EngineClosed, ReadError, WriteError
 
 __all__ = ["Index", "Row"]
 
@@ -110,6 +111,8 @@ class Index:
         self._scan = scan
         self._lock = threading.RLock()
         self._file: IndexFile | None = None
+        self._connection: Connection | None = None
+        self._is_closed = False
         self.num_rebuilds = 0
         if in_memory:
             kept = frozen_rows(folder, f"{_ROW} ORDER BY used")
@@ -118,11 +121,22 @@ class Index:
             self._connection = memory_index(self._fill)
         else:
             self._open()
+            forks.follow(self)
 
     def close(self) -> None:
         """May be called twice."""
         with self._lock:
-            self._connection.close()
+            self._is_closed = True
+            self._let_go()
+
+    def suspend(self) -> None:
+        """Let go of the file, and let nobody have it until `resume`, in the same thread."""
+        self._lock.acquire()
+        self._let_go()
+
+    def resume(self) -> None:
+        """Whoever wants it next opens it again."""
+        self._lock.release()
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -148,10 +162,10 @@ class Index:
         return bool(self._read(lambda db: db.execute(query, (digest,))))
 
     def num_blobs(self) -> int:
-        return _number(self._read(lambda db: db.execute("SELECT COUNT(*) FROM blobs")))
+        return self._number("SELECT COUNT(*) FROM blobs")
 
     def num_names(self) -> int:
-        return _number(self._read(lambda db: db.execute("SELECT COUNT(*) FROM names")))
+        return self._number("SELECT COUNT(*) FROM names")
 
     def stored_bytes(self) -> int:
         """What the blobs take of the disk, those included that are just being written."""
@@ -159,7 +173,11 @@ class Index:
             "SELECT (SELECT COALESCE(SUM(stored), 0) FROM blobs) + "
             "(SELECT COALESCE(SUM(stored), 0) FROM pending)"
         )
-        return _number(self._read(lambda db: db.execute(query)))
+        return self._number(query)
+
+    def pending_bytes(self) -> int:
+        """Of what is just being written."""
+        return self._number("SELECT COALESCE(SUM(stored), 0) FROM pending")
 
     def oldest(self, limit: int) -> list[tuple[int, bytes, int]]:
         """(when used, digest, stored bytes) of the blobs used longest ago."""
@@ -185,12 +203,12 @@ class Index:
         # What a clock that was wrong put into the far future does not count.
         query = "SELECT COALESCE(SUM(nbytes), 0) FROM written WHERE slot > ? AND slot <= ?"
         span = (slot - _DAY_SLOTS, slot + _DAY_SLOTS)
-        return _number(self._read(lambda db: db.execute(query, span)))
+        return self._number(query, span)
 
     def tally(self, name: str) -> int:
         """A counter that outlives processes: "written", "payload", and those of `count`."""
         query = "SELECT COALESCE(SUM(value), 0) FROM tallies WHERE name = ?"
-        return _number(self._read(lambda db: db.execute(query, (_encode(name),))))
+        return self._number(query, (_encode(name),))
 
     # -- writing ----------------------------------------------------------------------------------
 
@@ -247,15 +265,15 @@ class Index:
         digest: bytes,
         unlink: Callable[[bytes], None],
         is_wanted: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """Forget a blob with all its names, and unlink its file (see `add`).
+    ) -> bool:
+        """Forget a blob with all its names, and unlink its file (see `add`); whether it was known.
 
         Args:
             digest: Which.
             unlink: Removes the file.
             is_wanted: Asked inside the transaction, where nobody can change what it looks at.
         """
-        self._write(lambda db: _remove(db, digest, unlink) if is_wanted() else None)
+        return self._write(lambda db: is_wanted() and _remove(db, digest, unlink))
 
     def clean(self, temporary: bytes, digest: bytes, unlink: Callable[[bytes], None]) -> None:
         """What was begun and not ended: its note, and its blob unless that has a name, or somebody
@@ -325,15 +343,29 @@ class Index:
         return len(rows)
 
     def _read(self, query: Callable[[Connection], sqlite3.Cursor]) -> list[tuple[object, ...]]:
+        return self._ask(lambda db: query(db).fetchall())
+
+    def _number(self, query: str, values: tuple[object, ...] = ()) -> int:
+        def number(db: Connection) -> int:
+            (found,) = db.execute(query, values).fetchone()
+            # A sum over damaged rows may be anything, and budgets are judged by it.
+            if not isinstance(found, int):
+                raise sqlite3.DatabaseError(f"{found!r} is no number")
+            return found
+
+        return self._ask(number)
+
+    def _ask(self, query: Callable[[Connection], T]) -> T:
         try:
-            return self._run(lambda db: query(db).fetchall())
+            return self._run(query)
         except WriteError as error:
             raise ReadError(str(error)) from error
 
     def _write(self, act: Callable[[Connection], T]) -> T:
         def transaction(db: Connection) -> T:
-            db.execute("BEGIN IMMEDIATE")
             try:
+                # An interrupt that comes while this waits is seen when it is through.
+                db.execute("BEGIN IMMEDIATE")
                 result = act(db)
                 db.execute("COMMIT")
             except BaseException:
@@ -348,22 +380,38 @@ class Index:
         """Run, and once more in a new file if this one is broken or was put aside meanwhile."""
         with self._lock:
             for is_last in (False, False, True):
+                connection = self._opened()
                 try:
-                    result = act(self._connection)
+                    result = act(connection)
                 except sqlite3.Error as error:
                     if self._file is None or is_last or not is_broken(error):
                         raise self._cannot("used", error) from error
-                    self._file.put_aside()
+                    self._of_file(self._file.put_aside)
                 else:
-                    if is_last or self._file is None or self._file.is_current():
+                    if is_last or self._file is None or self._of_file(self._file.is_current):
                         return result
-                self._reopen()
+                self._let_go()
         raise AssertionError("the last round returns or raises")
 
-    def _reopen(self) -> None:
-        with suppress(sqlite3.Error):  # it is broken: that is why another one is opened
-            self._connection.close()
-        self._open()
+    def _opened(self) -> Connection:
+        if self._is_closed:
+            raise EngineClosed("An index must be open; this one was closed. Open another tier.")
+        if self._connection is None:
+            self._open()
+        assert self._connection is not None
+        return self._connection
+
+    def _of_file(self, ask: Callable[[], T]) -> T:
+        try:
+            return ask()
+        except OSError as error:
+            raise self._cannot("used", error) from error
+
+    def _let_go(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(sqlite3.Error):  # it may be broken: that is why it is let go
+                connection.close()
 
     def _cannot(self, what: str, error: Exception) -> WriteError:
         return WriteError(
@@ -385,11 +433,12 @@ def _enter(db: Connection, row: Row) -> None:
     )
 
 
-def _remove(db: Connection, digest: bytes, unlink: Callable[[bytes], None]) -> None:
+def _remove(db: Connection, digest: bytes, unlink: Callable[[bytes], None]) -> bool:
     db.execute("DELETE FROM names WHERE digest = ?", (digest,))
-    db.execute("DELETE FROM blobs WHERE digest = ?", (digest,))
+    was_known = db.execute("DELETE FROM blobs WHERE digest = ?", (digest,)).rowcount > 0
     if isinstance(digest, bytes) and len(digest) == 32:
         unlink(digest)
+    return was_known
 
 
 def _note_written(db: Connection, now_ns: int, written: int, payload: int) -> None:
@@ -408,12 +457,6 @@ def _add_tallies(db: Connection, numbers: Mapping[str, int]) -> None:
     )
     rows = [(_encode(name), value, value) for name, value in numbers.items()]
     db.executemany(statement, rows)
-
-
-def _number(found: list[tuple[object, ...]]) -> int:
-    """Of a query for one number; a sum over damaged rows may be anything."""
-    value = found[0][0]
-    return value if isinstance(value, int) else 0
 
 
 def _encode(text: str) -> bytes:

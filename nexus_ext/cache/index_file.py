@@ -128,14 +128,14 @@ class IndexFile:
         raise sqlite3.OperationalError(f"no index can be kept in {folder}")
 
     def is_current(self) -> bool:
-        """False once another process put the file aside."""
+        """False once another process put the file aside. Raises OSError."""
         try:
             return os.stat(self.path).st_ino == self._inode
         except FileNotFoundError:
             return False
 
     def put_aside(self) -> None:
-        """It is broken: whoever opens next makes another one."""
+        """It is broken: whoever opens next makes another one. Raises OSError."""
         _put_aside(self.path)
 
     def _open(self, path: Path) -> bool:
@@ -164,7 +164,10 @@ class IndexFile:
 
     def _make(self, fill: Fill) -> bool:
         """Link a whole new one into place, unless somebody else did; whether it replaces one."""
-        number = 1 + max((number for _, number, _ in _files(self._folder)), default=0)
+        found = _files(self._folder)
+        if any((kind, rest) == _WHOLE for kind, _, rest in found):
+            return False  # to replace one that is whole would lose what is just being entered there
+        number = 1 + max((number for _, number, _ in found), default=0)
         path = self._folder / f"index-{number:06}.sqlite"
         unique = f"{Owner.current()}.{os.urandom(8).hex()}"
         temporary = self._folder / f"new-index.{unique}.sqlite"

@@ -24,7 +24,7 @@ from nexus_ext.cache.rates import Rate, rate_of
 from nexus_ext.cache.reading import BlockMode
 from nexus_ext.cache.report import Entry
 from nexus_ext.cache.work_locks import locked
-from nexus_ext.cache.zone import Zone
+from nexus_ext.cache.zone import Fate, Zone
 from nexus_ext.device import Device
 from nexus_ext.errors import ConfigError, CorruptCheckpoint, ReadError
 
@@ -120,7 +120,7 @@ class Level(DiskTier):
 
     def is_held(self, entry: Entry) -> bool:
         """Whether anybody in this process holds it."""
-        with holds.lock:
+        with holds.lock():
             return holds.is_held(entry.path)
 
     def read(self, entry: Entry, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -178,12 +178,12 @@ class Level(DiskTier):
 
     # -- down -------------------------------------------------------------------------------------
 
-    def _let_go(self, zone: Zone, digest: bytes) -> bool:
+    def _let_go(self, zone: Zone, digest: bytes) -> Fate:
         if self._below is None or not zone.is_writable:
             return zone.evict(digest)
-        with holds.lock:
+        with holds.lock():
             if holds.is_held(zone.folder.blob(digest)):
-                return False
+                return Fate.HELD
         # Else somebody who sees both copies could take the lower one while the upper one goes.
         with locked(self._below.folder / "moves.lock"):
             self._hand_down(zone, digest)
@@ -199,9 +199,7 @@ class Level(DiskTier):
         except FileNotFoundError:
             return  # another process was quicker
         except (CorruptCheckpoint, ReadError) as error:
-            self._fail(
-                "corruptions" if isinstance(error, CorruptCheckpoint) else "read_errors", error
-            )
+            self._fail_reading(error)
             return
         moved = None
         for entry in map(zone.entry, rows):

@@ -7,10 +7,12 @@ whole and known, or known as unfinished, or a row without a file, which is a mis
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -21,9 +23,20 @@ from nexus_ext.cache.folder import Folder, remove_if_possible
 from nexus_ext.cache.index import Index, Row
 from nexus_ext.cache.reading import BlockMode, ReadReport, check_blocks, read_payload
 from nexus_ext.cache.report import Entry, ZoneStats
-from nexus_ext.errors import CorruptCheckpoint, ReadError, WriteError
+from nexus_ext.errors import CorruptCheckpoint, EngineClosed, ReadError, WriteError
 
-__all__ = ["Zone"]
+__all__ = ["Fate", "Zone"]
+
+# Why a file cannot be opened now, and could a moment later.
+_FOR_A_MOMENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class Fate(Enum):
+    """What came of an eviction."""
+
+    REMOVED = "removed"
+    MISSING = "missing"  # somebody else was quicker
+    HELD = "held"
 
 
 class Zone:
@@ -45,12 +58,19 @@ class Zone:
         self._bad: set[bytes] = set()  # those that could not be set aside
         if not self.folder.read_only:
             try:
-                self.index = Index(self.folder.path, self.folder.file_mode, self._scan)
-                self._clean_up()
+                self._open_index()
                 return
             except WriteError as error:
                 self.folder.read_only = str(error)
         self.index = Index(self.folder.path, 0, self._scan, in_memory=True)
+
+    def _open_index(self) -> None:
+        self.index = Index(self.folder.path, self.folder.file_mode, self._scan)
+        try:
+            self._clean_up()
+        except BaseException:
+            self.index.close()
+            raise
 
     @property
     def is_writable(self) -> bool:
@@ -140,7 +160,7 @@ class Zone:
         # What cannot be moved is remembered, and not served.
         self._bad.add(digest)
         if self.is_writable:
-            with suppress(WriteError), holds.lock:
+            with suppress(WriteError), holds.lock():
                 self.index.remove(digest, lambda _: self._quarantine(path), is_it)
                 self._bad.discard(digest)
 
@@ -211,30 +231,33 @@ class Zone:
                     return
             raise WriteError(f"A cached file must stay; {path} vanished. Put it again.")
         except BaseException:
-            # Else it counts as being written until this process ends, and whoever opens the folder
-            # then cleans up.
-            with suppress(WriteError):
-                self.index.clean(name.encode(), row.digest, self._unlink)
+            self.withdraw(name, row)
             raise
+
+    def withdraw(self, name: str, row: Row) -> None:
+        """What was announced will not come. Where that cannot be said it counts as being written
+        until this process ends, and whoever opens the folder then cleans up.
+        """
+        with suppress(WriteError, EngineClosed):
+            self.index.clean(name.encode(), row.digest, self._unlink)
 
     def _add(self, row: Row, temporary: str | None = None, written: int = 0) -> bool:
         def is_there() -> bool:
             return self.folder.has(row.digest)
 
-        with holds.lock:
+        with holds.lock():
             return self.index.add(row, is_there, self._unlink, temporary, written)
 
-    def evict(self, digest: bytes) -> bool:
-        """Remove a blob and all its names. False while it is held in this process.
+    def evict(self, digest: bytes) -> Fate:
+        """Remove a blob and all its names, unless it is held in this process.
 
         Raises:
             WriteError: It cannot be removed.
         """
-        with holds.lock:
+        with holds.lock():
             if holds.is_held(self.folder.blob(digest)):
-                return False
-            self.index.remove(digest, self._unlink)
-            return True
+                return Fate.HELD
+            return Fate.REMOVED if self.index.remove(digest, self._unlink) else Fate.MISSING
 
     def forget_key(self, key: str) -> None:
         """Remove what lies under a key, held or not: it has a new value elsewhere.
@@ -244,7 +267,7 @@ class Zone:
         """
         row = self.index.find(key)
         if row is not None:
-            with holds.lock:
+            with holds.lock():
                 self.index.remove(row.digest, self._unlink)
 
     def _unlink(self, digest: bytes) -> None:
@@ -252,7 +275,9 @@ class Zone:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise _cannot_remove(path, error) from error
+            # A file system that takes nothing any more says so of what is not there, too.
+            if self.folder.has(digest):
+                raise _cannot_remove(path, error) from error
 
     # -- the whole of it --------------------------------------------------------------------------
 
@@ -317,7 +342,11 @@ class Zone:
     def _row_at(self, digest: bytes, path: Path) -> Row | None:
         try:
             descriptor = open_blob(path)
-        except (FileNotFoundError, CorruptCheckpoint, ReadError):
+        except (FileNotFoundError, CorruptCheckpoint):
+            return None
+        except ReadError as error:
+            if getattr(error.__cause__, "errno", None) in _FOR_A_MOMENT:
+                raise  # an index without it would be wrong for ever
             return None
         try:
             return self.row_of(self._header(descriptor, path, digest))
