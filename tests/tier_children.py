@@ -48,7 +48,7 @@ def die_in_a_move(folder: Path, is_down: bool) -> None:
         Zone.evict = die  # type: ignore[method-assign, assignment]
         one.put("layer/1", [layer(1)])
     else:
-        TieredStore._settle = die  # type: ignore[method-assign, assignment]
+        TieredStore._end_original = die  # type: ignore[method-assign, assignment]
         one.get("layer/0")
 
 

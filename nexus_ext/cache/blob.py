@@ -138,8 +138,11 @@ class Header:
         if check != _checksum(head):
             raise _corrupt(name, "its header differs from the header's checksum")
         end = _HEAD.size + json_nbytes
-        wanted = -(-nbytes // block_bytes) if block_bytes > 0 else -1
-        if num_blocks != wanted or header_nbytes != _align_up(end + 8 * num_blocks):
+        if block_bytes != BLOCK_BYTES:
+            raise _corrupt(name, f"it has blocks of {block_bytes} bytes")
+        if num_blocks != -(-nbytes // block_bytes) or header_nbytes != _align_up(
+            end + 8 * num_blocks
+        ):
             raise _corrupt(name, "the lengths in its header do not fit together")
         digests = torch.tensor(struct.unpack_from(f"<{num_blocks}q", head, end), dtype=torch.int64)
         key, kind, about, created_ns = _parse_json(bytes(head[_HEAD.size : end]), name)

@@ -8,6 +8,7 @@ file costs time, and never a wrong byte.
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -83,7 +84,12 @@ class Row:
             row = cls(_decode(key), digest, _decode(kind), _decode(about), *numbers)
         except UnicodeDecodeError:
             return None
-        return row if len(row.digest) == 32 and seal == row.seal() else None
+        if len(row.digest) != 32 or seal != row.seal():
+            return None
+        try:
+            return row if isinstance(json.loads(row.about), dict) else None
+        except (ValueError, RecursionError):
+            return None  # anybody can seal what is no description
 
 
 class Index:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+import stat
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -89,6 +90,7 @@ def frozen_rows(folder: Path, query: str) -> list[tuple[object, ...]] | None:
         log = None if path is None else path.with_name(f"{path.name}-wal")
         if path is None or log is None or (log.exists() and log.stat().st_size > 0):
             return None
+        _judge_head(path)
         with closing(_connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1{_VFS}")) as found:
             _judge(found)
             return found.execute(query).fetchall()
@@ -238,8 +240,13 @@ def _create(connection: Connection, fill: Fill) -> int:
 
 
 def _judge_head(path: Path) -> None:
-    with path.open("rb") as file:
-        head = file.read(20)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        # A pipe would be waited for.
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        head = os.pread(descriptor, 20, 0) if is_file else b""
+    finally:
+        os.close(descriptor)
     if head[18:20] not in _FORMATS:
         raise sqlite3.DatabaseError("another format")
 

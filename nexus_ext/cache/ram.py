@@ -37,6 +37,8 @@ from nexus_ext.memory import parse_bytes
 __all__ = ["RamStats", "RamTier"]
 
 _DIGEST = re.compile(r"[0-9a-f]{16,128}", re.ASCII)
+# Segments that were looked at are remembered up to here; one more look does no harm.
+_MOST_CHECKED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class RamTier:
         self._turns: dict[str, _Turn] = {}
         self._counts: Counter[str] = Counter()
         self._holds: Counter[str] = Counter()
-        self._checked: set[tuple[int, int]] = set()
+        self._checked: dict[str, tuple[int, int]] = {}
         self._private = PrivateSegments(self._lock)
         self._folder: SharedFolder | None = None
         self._reason = "" if shared else "asked for"
@@ -174,7 +176,7 @@ class RamTier:
 
     @contextmanager
     def hold(self, digest: str) -> Iterator[None]:
-        """Within the block this process does not take the segment away."""
+        """Within the block this tier does not take the segment away."""
         name = _checked_name(digest)
         with self._lock:
             self._holds[name] += 1
@@ -183,6 +185,8 @@ class RamTier:
         finally:
             with self._lock:
                 self._holds[name] -= 1
+                if not self._holds[name]:
+                    del self._holds[name]
 
     def evict(self, digest: str) -> bool:
         """Drop a segment that is not held; whether there was one. Who has loaded it keeps it."""
@@ -230,6 +234,7 @@ class RamTier:
         if descriptor is None and self._folder is not None:
             descriptor, is_own = _open(self._folder, name), False
         if descriptor is None:
+            self._forget(name)
             return None
         try:
             return self._map(descriptor, name, check=not is_own)
@@ -241,13 +246,22 @@ class RamTier:
             os.close(descriptor)
 
     def _map(self, descriptor: int, name: str, *, check: bool) -> torch.Tensor:
-        info = os.fstat(descriptor)
-        identity = (info.st_dev, info.st_ino)
-        is_new = check and identity not in self._checked
+        # Numbers of files are used again: one that was seen is one under the same name.
+        is_new = check and self._checked.get(name) != _identity(descriptor)
         payload = map_segment(descriptor, f"segment {name}", check=is_new)
         if is_new:
-            self._checked.add(identity)
+            self._remember(name, descriptor)
         return payload
+
+    def _remember(self, name: str, descriptor: int) -> None:
+        with self._lock:
+            self._checked[name] = _identity(descriptor)
+            if len(self._checked) > _MOST_CHECKED:
+                del self._checked[next(iter(self._checked))]
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            self._checked.pop(name, None)
 
     # -- filling -----------------------------------------------------------------------------
 
@@ -301,9 +315,7 @@ class RamTier:
             write(memory)
             seal(place.descriptor, memory, phase)
             payload = map_segment(place.descriptor, f"segment {name}", check=False)
-            # What was written here is known.
-            info = os.fstat(place.descriptor)
-            self._checked.add((info.st_dev, info.st_ino))
+            self._remember(name, place.descriptor)  # what was written here is known
             home.publish(place, name)
             self._count("fills")
             return payload
@@ -333,6 +345,7 @@ class RamTier:
             return True
 
     def _remove(self, name: str) -> bool:
+        self._forget(name)
         was_private = self._private.remove(name)
         return (self._folder is not None and self._folder.remove(name)) or was_private
 
@@ -352,6 +365,11 @@ class _Turn:
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     num_users: int = 0
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    info = os.fstat(descriptor)
+    return info.st_dev, info.st_ino
 
 
 def _open(folder: SharedFolder, name: str) -> int | None:

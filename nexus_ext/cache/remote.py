@@ -20,11 +20,13 @@ import torch
 from nexus_ext.cache.blob import Part, tensors_of, view_of
 from nexus_ext.cache.compression import (
     Decision,
+    check_promise,
     compress,
     decide,
     decompress_into,
     require_zstd,
 )
+from nexus_ext.cache.reading import memory_for
 from nexus_ext.cache.remote_files import PIECE_BYTES, RemoteFiles, unreachable
 from nexus_ext.cache.remote_object import (
     HEAD_NBYTES,
@@ -35,7 +37,6 @@ from nexus_ext.cache.remote_object import (
     check_digest,
     note_path,
 )
-from nexus_ext.device import Device
 from nexus_ext.errors import ConfigError, CorruptCheckpoint
 from nexus_ext.memory import parse_bytes
 
@@ -268,7 +269,8 @@ class RemoteStore:
         if max(head.nbytes, head.wire_nbytes) > self._max_object_bytes:
             self._count("refused_too_large")
             return None
-        memory = _memory(head.nbytes, out)
+        self._check_promise(head, path, len(first), digest)
+        memory = memory_for(head.nbytes, out)
         pieces = self._files.pieces(path, len(first), HEAD_NBYTES + head.wire_nbytes)
         wire = _cut_to(_chained(rest, pieces), head.wire_nbytes, digest)
         if head.encoding == "zstd":
@@ -282,6 +284,15 @@ class RemoteStore:
         self._count("wire_bytes_in", HEAD_NBYTES + head.wire_nbytes)
         self._count("plain_bytes_in", head.nbytes)
         return memory
+
+    def _check_promise(self, head: Head, path: str, have: int, digest: str) -> None:
+        """No memory is taken for bytes that are not there."""
+        if head.encoding == "zstd":
+            check_promise(head.nbytes, head.wire_nbytes, f"the object {digest}")
+        wanted = HEAD_NBYTES + head.wire_nbytes
+        size = self._files.size(path) if wanted > have else None
+        if size not in (None, wanted):
+            raise _corrupt(digest, f"it has {size} bytes and promises {wanted}")
 
     def _put(self, digest: str, tensors: Sequence[torch.Tensor]) -> bool:
         if not self._files.is_writable:
@@ -375,18 +386,6 @@ def _copy_into(pieces: Iterator[memoryview], out: torch.Tensor, digest: str) -> 
         have += piece.nbytes
     if sha256.hexdigest() != digest:
         raise _corrupt(digest, "its bytes have another digest")
-
-
-def _memory(nbytes: int, out: torch.Tensor | None) -> torch.Tensor:
-    if out is None:
-        return Device.of("cpu").allocate(nbytes)
-    memory = out.detach().view(-1)
-    if memory.dtype != torch.uint8 or memory.device.type != "cpu" or memory.nbytes != nbytes:
-        raise ConfigError(
-            f"out must be {nbytes} contiguous bytes (uint8) on the CPU, got {memory.numel()} of "
-            f"{memory.dtype} on {memory.device}."
-        )
-    return memory
 
 
 def _corrupt(digest: str, what: str) -> CorruptCheckpoint:

@@ -23,12 +23,12 @@ from typing import Any, Literal
 import torch
 
 from nexus_ext.cache.blob import Part, tensors_of
-from nexus_ext.cache.level import ENCODED, Level
+from nexus_ext.cache.level import ENCODED, Level, LevelOptions
 from nexus_ext.cache.rates import MAX_AGE_SECONDS
 from nexus_ext.cache.remote import RemoteStore
+from nexus_ext.cache.remote_object import Note
 from nexus_ext.cache.report import Entry, VerifyReport
 from nexus_ext.cache.tier_report import TieredStats, TierStats
-from nexus_ext.cache.work_locks import locked
 from nexus_ext.errors import ConfigError, CorruptCheckpoint, ReadError
 
 __all__ = ["Tier", "TieredStore"]
@@ -100,23 +100,26 @@ class TieredStore:
         self._hits: Counter[Path] = Counter()
         self._touched: OrderedDict[tuple[Path, str], None] = OrderedDict()
         self._levels: list[Level] = []
-        for tier in reversed(tiers):
-            if tier.compress not in ("auto", "off"):
-                self.close()
-                raise ConfigError(f"compress of a tier is auto or off, got {tier.compress!r}.")
-            level = Level(
-                Path(tier.path),
-                tier.max_bytes,
-                self._levels[0] if self._levels else None,
-                self._demoted,
-                compress=tier.compress,
-                write_budget_bytes_per_day=tier.write_budget_bytes_per_day,
-                shared=shared,
-                io=io,
-                use_uring=use_uring,
-                max_rate_age_seconds=max_rate_age_seconds,
-            )
-            self._levels.insert(0, level)
+        options = LevelOptions(shared, io, use_uring, max_rate_age_seconds)
+        try:
+            for tier in reversed(tiers):
+                self._levels.insert(0, self._open(tier, options))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, tier: Tier, options: LevelOptions) -> Level:
+        if tier.compress not in ("auto", "off"):
+            raise ConfigError(f"compress of a tier is auto or off, got {tier.compress!r}.")
+        return Level(
+            Path(tier.path),
+            tier.max_bytes,
+            self._levels[0] if self._levels else None,
+            self._demoted,
+            options,
+            compress=tier.compress,
+            write_budget_bytes_per_day=tier.write_budget_bytes_per_day,
+        )
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -185,7 +188,7 @@ class TieredStore:
                 if entry.key not in kept:
                     kept[entry.key] = entry
                 else:
-                    self._settle(kept[entry.key], entry, wait=False)
+                    self._settle(kept[entry.key], entry)
         return sorted(kept.values(), key=lambda entry: entry.used_seconds)
 
     # -- changing ---------------------------------------------------------------------------------
@@ -293,7 +296,7 @@ class TieredStore:
             found = [entry for level in self._levels if (entry := level.look(key)) is not None]
             if found:
                 for other in found[1:]:
-                    self._settle(found[0], other, wait=False)
+                    self._settle(found[0], other)
                 return found[0]
         return None
 
@@ -353,7 +356,8 @@ class TieredStore:
         copy = copies.get(entry.key)
         if copy is None or None in copies.values():
             return entry
-        self._settle(copy, entry, wait=True, is_move=True)
+        if not self._end_original(copy, entry):
+            return self._find(entry.key) or entry
         with self._lock:
             self._touched.pop((entry.folder, entry.digest), None)
         self._count("promotions")
@@ -364,13 +368,27 @@ class TieredStore:
         self._count("demotions")
         self._count("demoted_bytes", nbytes)
 
-    def _settle(self, upper: Entry, lower: Entry, *, wait: bool, is_move: bool = False) -> None:
-        """Of two copies the lower one goes, while nobody moves the upper one down."""
+    def _end_original(self, copy: Entry, original: Entry) -> bool:
+        """Of what was moved up the original goes. False if its key got other bytes meanwhile: then
+        it is the copy that goes.
+        """
+        above, below = self._level_of(copy.folder), self._level_of(original.folder)
+        with below.moving() as is_mine:
+            now = below.look(original.key)
+            if now is not None and now.digest != original.digest:
+                above.evict(copy.key)
+                return False
+            if is_mine and above.look(copy.key) is not None:
+                below.evict(original.key)
+        return True
+
+    def _settle(self, upper: Entry, lower: Entry) -> None:
+        """Of two copies the lower one goes, unless somebody is just moving."""
         below = self._level_of(lower.folder)
-        with locked(below.folder / "moves.lock", wait=wait) as is_mine:
+        with below.moving(wait=False) as is_mine:
             if not is_mine or self._level_of(upper.folder).look(upper.key) is None:
                 return
-            if below.evict(lower.key) and not is_move:
+            if below.evict(lower.key):
                 self._count("settled")
 
     def _keep(
@@ -395,7 +413,7 @@ class TieredStore:
         if self._remote is None:
             self._miss()
             return None, None
-        with locked(self._levels[0].folder / "fetch.lock", _number_of(key)):
+        with self._levels[0].fetching(_number_of(key)):
             joined = self._join(key, out)
             if joined is not None:
                 return joined
@@ -406,7 +424,15 @@ class TieredStore:
             note, payload = found
             self._count("fetched")
             self._count("fetched_bytes", note.nbytes)
-            return self._keep(key, [payload], note.kind, note.about), payload
+            return self._keep_fetched(note, payload), payload
+
+    def _keep_fetched(self, note: Note, payload: torch.Tensor) -> Entry | None:
+        # What only a tier may say of an entry is not taken from a note.
+        about = {name: value for name, value in note.about.items() if name != ENCODED}
+        try:
+            return self._keep(note.key, [payload], note.kind, about)
+        except ConfigError:
+            return None  # a description that is more than a tier keeps: it is served, and not kept
 
     def _join(self, key: str, out: torch.Tensor | None) -> tuple[Entry, torch.Tensor] | None:
         """What somebody else fetched while this one waited."""

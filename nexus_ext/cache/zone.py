@@ -166,12 +166,7 @@ class Zone:
 
     def _quarantine(self, path: Path) -> None:
         try:
-            self.folder.quarantine.mkdir(exist_ok=True, mode=self.folder.folder_mode)
-            for old in self.folder.quarantine.iterdir():
-                old.unlink(missing_ok=True)
-            os.rename(path, self.folder.quarantine / path.name)
-        except FileNotFoundError:
-            return
+            self.folder.set_aside(path)
         except OSError as error:
             raise _cannot_remove(path, error) from error
 
