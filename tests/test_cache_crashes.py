@@ -40,7 +40,19 @@ def run(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> R
 
 
 def test_who_is_killed_loses_nothing_that_was_acknowledged(run: Run, tmp_path: Path) -> None:
-    counts = run("kills", tmp_path, NUM_CYCLES, 17)
+    check(run("kills", tmp_path, NUM_CYCLES, 17))
+
+
+def test_who_is_killed_while_entries_move_and_are_fetched_loses_nothing(
+    run: Run, tmp_path: Path
+) -> None:
+    counts = run("kill-tiers", tmp_path, NUM_CYCLES, 23)
+    check(counts)
+    assert counts["over budget"] == counts["dropped"] == 0
+    assert counts["fetched"] > 0
+
+
+def check(counts: dict[str, int]) -> None:
     assert counts["cycles"] == NUM_CYCLES
     assert counts["checked"] > NUM_CYCLES
     # Some died while they wrote: else nothing was tried.
