@@ -126,7 +126,7 @@ def test_an_index_that_breaks_and_cannot_be_put_aside_is_a_miss(
     (path,) = (tmp_path / "cache").glob("index-*.sqlite")
     with open(path, "r+b") as file:
         file.write(b"no database any more" * 3000)
-    one._zones[0].index._connection.execute("PRAGMA shrink_memory")
+    one._zones[0].index._db._connection.execute("PRAGMA shrink_memory")
 
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))

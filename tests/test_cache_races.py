@@ -70,7 +70,7 @@ def test_an_interrupt_at_the_begin_of_a_transaction_ends_it(
     """
     one = tier()
     index = one._zones[0].index
-    real = index._connection
+    real = index._db._connection
 
     class Interrupted:
         def __getattr__(self, name: str) -> Any:
@@ -82,10 +82,10 @@ def test_an_interrupt_at_the_begin_of_a_transaction_ends_it(
                 raise KeyboardInterrupt
             return done
 
-    index._connection = Interrupted()  # type: ignore[assignment]
+    index._db._connection = Interrupted()  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
         one.put("a", [page(1)])
-    index._connection = real
+    index._db._connection = real
     assert not real.in_transaction
     assert one.put("a", [page(1)]) is not None
     assert one.stats().zones[0].num_rebuilds == 0

@@ -63,7 +63,7 @@ def test_what_is_remembered_of_segments_is_bounded(tier: RamTier) -> None:
             tier.put(name(number), [layer(number, 100)])
         assert tier.evict(name(number))
     assert len(tier._holds) == 0
-    assert len(tier._checked) <= 1
+    assert len(tier._seen) <= 1
 
 
 def test_who_leaves_while_somebody_joins_says_nothing(

@@ -145,7 +145,7 @@ class Level(DiskTier):
             memory = memory_for(entry.nbytes, out)
             decompress_into([view_of(packed)], memory, entry.digest, str(entry.path))
         except CorruptCheckpoint as error:
-            self._fail("corruptions", error)
+            self._ledger.fail("corruptions", error)
             self._remove(self._zones[0], bytes.fromhex(entry.stored.digest))
             raise
         return memory
@@ -167,7 +167,7 @@ class Level(DiskTier):
             if self.decision.is_on:
                 known = self.look(key)
                 if known is not None and known.digest == _digest(tensors):
-                    self._count("puts_known")
+                    self._ledger.count("puts_known")
                     return known
                 said[ENCODED] = {
                     "nbytes": sum(part.nbytes for part in tensors),
@@ -179,7 +179,7 @@ class Level(DiskTier):
 
     def missed(self) -> None:
         """What was asked for was not here."""
-        self._count("misses")
+        self._ledger.count("misses")
 
     # -- locks ------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class Level(DiskTier):
         except FileNotFoundError:
             return  # another process was quicker
         except (CorruptCheckpoint, ReadError) as error:
-            self._fail_reading(error)
+            self._ledger.fail_reading(error)
             return
         moved = None
         for entry in map(zone.entry, rows):

@@ -7,7 +7,6 @@ whole and known, or known as unfinished, or a row without a file, which is a mis
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -18,17 +17,15 @@ from pathlib import Path
 import torch
 
 from nexus_ext.cache import holds
-from nexus_ext.cache.blob import Header, open_blob, read_header, write_blob
+from nexus_ext.cache.blob import Header, open_blob, write_blob
 from nexus_ext.cache.folder import Folder, remove_if_possible
 from nexus_ext.cache.index import Index, Row
 from nexus_ext.cache.reading import BlockMode, ReadReport, check_blocks, read_payload
 from nexus_ext.cache.report import Entry, ZoneStats
+from nexus_ext.cache.scanning import header_of, row_of, scan
 from nexus_ext.errors import CorruptCheckpoint, EngineClosed, ReadError, WriteError
 
 __all__ = ["Fate", "Zone"]
-
-# Why a file cannot be opened now, and could a moment later.
-_FOR_A_MOMENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Fate(Enum):
@@ -130,7 +127,7 @@ class Zone:
         path = self.folder.blob(digest)
         descriptor = holds.open_held(path)
         try:
-            header = self._header(descriptor, path, digest)
+            header = header_of(descriptor, path, digest)
             if header.nbytes != nbytes:
                 raise CorruptCheckpoint(
                     f"A cached file has as many bytes as were put; {path} has {header.nbytes} and "
@@ -170,16 +167,6 @@ class Zone:
         except OSError as error:
             raise _cannot_remove(path, error) from error
 
-    @staticmethod
-    def _header(descriptor: int, path: Path, digest: bytes) -> Header:
-        header = read_header(descriptor, str(path))
-        if header.sha256 != digest:
-            raise CorruptCheckpoint(
-                f"A cached file is called by its content; {path} holds {header.sha256.hex()}. It "
-                "is set aside; fetch its bytes again."
-            )
-        return header
-
     # -- writing ----------------------------------------------------------------------------------
 
     def adopt(self, row: Row) -> bool:
@@ -192,7 +179,7 @@ class Zone:
         except (FileNotFoundError, CorruptCheckpoint, ReadError):
             return False  # it is written anew
         try:
-            header = self._header(descriptor, path, row.digest)
+            header = header_of(descriptor, path, row.digest)
         except (CorruptCheckpoint, ReadError):
             return False
         finally:
@@ -280,7 +267,7 @@ class Zone:
         """Read a blob from end to end. Raises as `read`, and sets nothing aside."""
         descriptor = open_blob(path)
         try:
-            header = self._header(descriptor, path, digest)
+            header = header_of(descriptor, path, digest)
             check_blocks(descriptor, header, str(path), self._mode)
             return header
         finally:
@@ -296,14 +283,7 @@ class Zone:
         if self.index.find(header.key) is not None:
             self.index.clean(b"", header.sha256, self._unlink)
             return False
-        return self._add(self.row_of(header))
-
-    def row_of(self, header: Header) -> Row:
-        """As the blob's own header has it."""
-        about = json.dumps(dict(header.about))
-        stored, created = header.stored_bytes, header.created_ns
-        fields = (header.key, header.sha256, header.kind, about, created, header.nbytes)
-        return Row(*fields, stored, created)
+        return self._add(row_of(header))
 
     def stats(self, now_ns: int) -> ZoneStats:
         """Counts and sizes."""
@@ -319,40 +299,7 @@ class Zone:
         )
 
     def _scan(self) -> Iterator[Row]:
-        """Rows of all blobs whose headers are right; of two for one key the younger."""
-        if self.is_writable:
-            self.folder.remove_abandoned(everywhere=True)
-        newest: dict[str, Row] = {}
-        for digest, path in self.folder.every_blob():
-            row = self._row_at(digest, path)
-            if row is None:
-                continue
-            other = newest.get(row.key)
-            if other is None or other.created_ns <= row.created_ns:
-                newest[row.key], row = row, other
-            if row is not None and self.is_writable:
-                self._unlink(row.digest)
-        yield from newest.values()
-
-    def _row_at(self, digest: bytes, path: Path) -> Row | None:
-        try:
-            descriptor = open_blob(path)
-        except (FileNotFoundError, CorruptCheckpoint):
-            return None
-        except ReadError as error:
-            if getattr(error.__cause__, "errno", None) in _FOR_A_MOMENT:
-                raise  # an index without it would be wrong for ever
-            return None
-        try:
-            return self.row_of(self._header(descriptor, path, digest))
-        except CorruptCheckpoint:
-            if self.is_writable:
-                self._quarantine(path)
-            return None
-        except ReadError:
-            return None
-        finally:
-            os.close(descriptor)
+        return scan(self.folder, self._quarantine, self._unlink)
 
     def _clean_up(self) -> None:
         """What dead processes began and did not end."""
