@@ -60,7 +60,7 @@ def test_what_is_put_while_the_old_bytes_move_up_counts(
     real, calls = Level.put, [1]
 
     def put(self: Level, key: str, *rest: Any, **options: Any) -> Any:
-        if self is one._levels[0] and key == "key" and calls:
+        if self is one._levels.all[0] and key == "key" and calls:
             calls.pop()
             assert one.put("key", [page(2)]) is not None
         return real(self, key, *rest, **options)
@@ -144,7 +144,7 @@ def test_a_read_only_tier_below_serves_and_keeps_what_it_has(
 ) -> None:
     one = store(1, 4)
     put_below(one, "key", 1)
-    monkeypatch.setattr(one._levels[1]._zones[0].folder, "read_only", "Read-only file system")
+    monkeypatch.setattr(one._levels.all[1]._zones[0].folder, "read_only", "Read-only file system")
     for _ in range(4):
         assert torch.equal(one.load("key"), page(1))
     assert one.stats().entries == len(where(one))

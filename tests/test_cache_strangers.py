@@ -197,7 +197,7 @@ def test_memory_with_gaps_is_refused_everywhere(
                 read()
         assert not out.any()
         assert torch.equal(disk.load("a"), data)  # it was not the file's fault
-        level = store._levels[0]
+        level = store._levels.all[0]
         assert level.rate is not None
         monkeypatch.setattr(level, "rate", replace(level.rate, bytes_per_second=1e6))
         store.put("packed", [data])

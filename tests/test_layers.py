@@ -139,9 +139,11 @@ ALLOWED: dict[str, set[str]] = {
         "memory",
     },
     "cache.tier_report": {"cache.compression", "cache.rates", "cache.remote", "cache.report"},
+    "cache.levels": {"cache.level", "cache.report", "errors"},
     "cache.tiers": {
         "cache.blob",
         "cache.level",
+        "cache.levels",
         "cache.rates",
         "cache.remote",
         "cache.remote_object",
