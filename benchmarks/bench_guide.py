@@ -2,6 +2,7 @@
 
 a layer    read from the model's files, from the cache's disk, from memory
 a pass     over all layers, fetched ahead or not, beside its compute alone and its reads alone
+an order   backwards: the next number fetched ahead, or what was learnt in two passes before
 """
 
 from __future__ import annotations
@@ -97,6 +98,33 @@ def one_pass(
         return seconds_of(run)
 
 
+def orders(path: Path, num_layers: int, x: torch.Tensor) -> dict[str, float]:
+    """The third pass from the last layer to the first, by what is fetched ahead: seconds, and the
+    share of layers that had been.
+    """
+    result = {}
+    for name, learns in (("next_number", False), ("learnt", True)):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            LayerCache(folder, 0, 0) as cache,
+            IOOptimizer(cache, learn_order=learns) as optimizer,
+        ):
+            for _ in range(3):
+                used = optimizer.prefetcher.stats()["prefetch_used"]
+                drop_page_cache(list(path.glob("*.safetensors")))
+                seconds = seconds_of(lambda: backwards(optimizer, path, num_layers, x))
+            used = optimizer.prefetcher.stats()["prefetch_used"] - used
+        result[f"backwards_{name}_seconds"] = seconds
+        result[f"backwards_{name}_used_share"] = used / num_layers
+    return result
+
+
+def backwards(optimizer: IOOptimizer, path: Path, num_layers: int, x: torch.Tensor) -> None:
+    hidden = x
+    for index in reversed(range(num_layers)):
+        hidden = optimizer.get_layer_with_prefetch(path, index, num_layers)(hidden)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--toy", action="store_true")
@@ -112,6 +140,7 @@ def main() -> None:
         for _ in range(rounds):
             runs.append(latencies(path, Path(name) / "cache", num_layers))
             runs[-1] |= passes(path, num_layers, x)
+            runs[-1] |= orders(path, num_layers, x)
         nbytes = sum(p.nbytes for p in download_from_hub(path, 0).parameters())
     result: dict[str, object] = {key: median(run[key] for run in runs) for key in runs[0]}
     result |= {"layer_bytes": nbytes, "num_layers": num_layers, "num_tokens": num_tokens}

@@ -124,7 +124,7 @@ std::unique_ptr<Device> make_device(const std::string& name) {
 
 int64_t engine_open(std::vector<std::string> paths, Ints stamps, std::string device, std::string io,
                     bool allow_uring, bool trailing_drop, int64_t depth, int64_t chunk_bytes,
-                    int64_t num_slots, bool poison, Ints faults, Ints descriptors) {
+                    int64_t num_slots, bool poison, Ints faults, Ints descriptors, bool is_whole) {
   std::vector<std::unique_ptr<File>> files;
   for (size_t i = 0; i < paths.size(); ++i) {
     const int64_t* stamp = &stamps.at(4 * i);
@@ -132,7 +132,7 @@ int64_t engine_open(std::vector<std::string> paths, Ints stamps, std::string dev
     const int64_t descriptor = descriptors.empty() ? -1 : descriptors.at(i);
     files.push_back(descriptor < 0
                         ? std::make_unique<File>(paths[i], expected)
-                        : std::make_unique<File>(paths[i], expected, number(descriptor)));
+                        : std::make_unique<File>(paths[i], expected, number(descriptor), is_whole));
   }
   EngineOptions options;
   options.mode = read_mode(io, allow_uring, trailing_drop, depth, chunk_bytes);
@@ -480,7 +480,7 @@ STABLE_TORCH_LIBRARY(nexus, m) {
   m.def(
       "engine_open(str[] paths, int[] stamps, str device, str io, bool allow_uring, "
       "bool trailing_drop, int depth, int chunk_bytes, int num_slots, bool poison, "
-      "int[] faults, int[] descriptors) -> int");
+      "int[] faults, int[] descriptors, bool is_whole) -> int");
   // groups: arena, nbytes, is_brief, stays_in_ram, is_pooled per group. extents: group, file,
   // offset, nbytes, group_offset per extent.
   m.def(

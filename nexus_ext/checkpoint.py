@@ -19,12 +19,12 @@ import ntpath
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol, TypeGuard
+from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,7 +56,9 @@ __all__ = [
     "Extent",
     "File",
     "Group",
+    "Lease",
     "Member",
+    "Place",
     "Stamp",
     "parse_header",
 ]
@@ -117,10 +119,24 @@ class Stamp:
 
 @dataclass(frozen=True)
 class File:
-    """One file with weights: an absolute path without links, and what stood there."""
+    """One file with weights: an absolute path without links, and what stood there.
+
+    Attributes:
+        path: How it is called.
+        stamp: What it was.
+        start: Where in it the checkpoint begins, which reaches to its end.
+        descriptor: Of a file that may lose its name while it is in use; -1 where it keeps it.
+    """
 
     path: Path
     stamp: Stamp
+    start: int = 0
+    descriptor: int = -1
+
+    @property
+    def reach(self) -> str:
+        """The path to open it by."""
+        return str(self.path) if self.descriptor < 0 else f"/proc/self/fd/{self.descriptor}"
 
 
 @dataclass(frozen=True, slots=True)  # there may be a million
@@ -185,12 +201,29 @@ class Gate(Protocol):
     def refuse(self, error: NexusError) -> None: ...
 
 
+class Place(NamedTuple):
+    """Where a shard lies: at the end of a file, from `start` on. The descriptor is of that file,
+    which may lose its name, or -1.
+    """
+
+    path: Path
+    start: int = 0
+    descriptor: int = -1
+
+
+class Lease(Protocol):
+    """Keeps files open, or from being removed, while a checkpoint is in use."""
+
+    def close(self) -> None:
+        """Let go of them. May be called twice."""
+
+
 class Arrival(Protocol):
     """Files of a checkpoint that are not all here yet; see `nexus_ext.arriving`."""
 
     @property
     def descriptors(self) -> Sequence[int]:
-        """Of each file, in the order of `Checkpoint.files`."""
+        """Of each file, in the order of `Checkpoint.files`, until `close`."""
 
     @property
     def is_arriving(self) -> bool: ...
@@ -198,8 +231,20 @@ class Arrival(Protocol):
     @property
     def bytes_received(self) -> int: ...
 
+    def read(self, file: int, offset: int, nbytes: int) -> bytes:
+        """A few bytes, when they are here. Blocks."""
+
     def feed(self, gate: Gate, spans: Sequence[tuple[int, int, int]]) -> None:
         """Fetch (file, offset, nbytes) in this order, then the rest, and tell the gate. Once."""
+
+    def join(self, gate: Gate) -> None:
+        """Tell another gate, too, of all that came and that comes."""
+
+    def expect(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        """These come behind what is expected so far, and before the rest. Does not block."""
+
+    def hasten(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        """Somebody waits for these: they come next. Does not block."""
 
     def close(self) -> None:
         """Fetch no more. Does not block."""
@@ -215,12 +260,14 @@ class Checkpoint:
         entries: Every tensor by name, in the order of file, then offset.
         arrival: Where the files are not all here yet: who brings them. Their paths are those they
             will have, and nothing stands there before they are whole.
+        lease: Who keeps the files; closed with the model.
     """
 
     path: Path
     files: tuple[File, ...]
     entries: Mapping[str, Entry]
     arrival: Arrival | None = field(default=None, kw_only=True)
+    lease: Lease | None = field(default=None, kw_only=True)
 
     @classmethod
     def open_arriving(
@@ -250,13 +297,14 @@ class Checkpoint:
         return cls(path, tuple(files), MappingProxyType(by_name), arrival=arrival)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, path: str | os.PathLike[str], *, start: int = 0) -> Checkpoint:
         """Find and validate a checkpoint; reads headers only, and keeps no file open.
 
         Args:
             path: A .safetensors file, an .index.json file, or a directory that holds
                 model.safetensors, model.safetensors.index.json, exactly one
                 *.safetensors.index.json or exactly one *.safetensors (the first that is there).
+            start: Where in a single file it begins; it reaches to the end.
 
         Raises:
             CheckpointFormatError: Missing, not a regular file, pickled, or against the format.
@@ -265,12 +313,29 @@ class Checkpoint:
         """
         found = _locate(Path(path).absolute())
         if found.name.endswith(".index.json"):
-            files, entries = _read_shards(found)
+            # Beside the index as it was named: in the hub's layout both are links to other folders.
+            files, entries = _read_shards(found, lambda shard: Place(found.parent / shard))
         else:
-            file, tensors = _read_file(found, 0)
+            file, tensors = _read_file(Place(found, start), 0)
             files, entries = [file], tensors
         by_name = {entry.name: entry for entry in entries}
         return cls(found, tuple(files), MappingProxyType(by_name))
+
+    @classmethod
+    def open_within(cls, index: Path, place: Callable[[str], Place], lease: Lease) -> Checkpoint:
+        """As `open`, where the shards lie at the end of other files.
+
+        Args:
+            index: An .index.json file.
+            place: Where a shard lies.
+            lease: Who keeps those files.
+
+        Raises:
+            As `open`, and what `place` raises.
+        """
+        files, entries = _read_shards(index, place)
+        by_name = {entry.name: entry for entry in entries}
+        return cls(index, tuple(files), MappingProxyType(by_name), lease=lease)
 
     @property
     def nbytes(self) -> int:
@@ -411,8 +476,10 @@ def _opened(path: Path, role: str) -> Iterator[tuple[int, File]]:
         os.close(descriptor)
 
 
-def _read_file(path: Path, number: int, role: str = "checkpoint") -> tuple[File, list[Entry]]:
-    with _opened(path, role) as (descriptor, file):
+def _read_file(place: Place, number: int, role: str = "checkpoint") -> tuple[File, list[Entry]]:
+    # By its path too: what is read here has just been found there.
+    with _opened(place.path, role) as (descriptor, opened):
+        file = replace(opened, start=place.start, descriptor=place.descriptor)
         header = _read_header(descriptor, file)
         entries = parse_header(header, file, number)
         _ask_safetensors(header, file)
@@ -429,15 +496,16 @@ def _read_followed(path: Path, descriptor: int, number: int) -> tuple[File, list
 
 
 def _read_header(descriptor: int, file: File) -> bytes:
-    if file.stamp.size < _LENGTH_BYTES:
-        raise _truncated(file, _LENGTH_BYTES, "the length of its header")
-    length = int.from_bytes(_pread(descriptor, file, _LENGTH_BYTES, 0), "little")
+    begin = file.start + _LENGTH_BYTES
+    if file.stamp.size < begin:
+        raise _truncated(file, begin, "the length of its header")
+    length = int.from_bytes(_pread(descriptor, file, _LENGTH_BYTES, file.start), "little")
     if length > MAX_JSON_BYTES:
         rule = f"a safetensors file begins with a header length up to {MAX_JSON_BYTES}"
-        raise broken(f"{file.path}, offset 0", rule, length)
-    if file.stamp.size < _LENGTH_BYTES + length:
-        raise _truncated(file, _LENGTH_BYTES + length, "its header")
-    return _pread(descriptor, file, length, _LENGTH_BYTES)
+        raise broken(f"{file.path}, offset {file.start}", rule, length)
+    if file.stamp.size < begin + length:
+        raise _truncated(file, begin + length, "its header")
+    return _pread(descriptor, file, length, begin)
 
 
 def _pread(descriptor: int, file: File, nbytes: int, offset: int) -> bytes:
@@ -466,13 +534,13 @@ def _ask_safetensors(header: bytes, file: File) -> None:
         with open(os.memfd_create("nexus-header"), "wb") as copy:
             copy.write(len(header).to_bytes(_LENGTH_BYTES, "little") + header)
             copy.flush()
-            copy.truncate(file.stamp.size)
+            copy.truncate(file.stamp.size - file.start)
             with safe_open(f"/proc/self/fd/{copy.fileno()}", "pt", backend="pread"):
                 pass
     except (SafetensorError, OSError) as error:
         raise CheckpointFormatError(
             f"{file.path}: the safetensors library must accept the header at offset "
-            f"{_LENGTH_BYTES}, but says: {error}; {AGAIN}"
+            f"{file.start + _LENGTH_BYTES}, but says: {error}; {AGAIN}"
         ) from error
 
 
@@ -488,8 +556,8 @@ def parse_header(header: bytes, file: File, number: int = 0) -> list[Entry]:
         CheckpointFormatError: A rule of the format is broken.
         TruncatedCheckpoint: The tensors need more bytes than the file has.
     """
-    where = f"{file.path}, header at offset {_LENGTH_BYTES}"
-    base = _LENGTH_BYTES + len(header)
+    where = f"{file.path}, header at offset {file.start + _LENGTH_BYTES}"
+    base = file.start + _LENGTH_BYTES + len(header)
     entries = [
         _parse_entry(file, number, base, name, fields)
         for name, fields in tensor_fields(header, where)
@@ -557,13 +625,12 @@ def _are_integers(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and {type(item) for item in value} <= {int}  # bool is no int
 
 
-def _read_shards(index: Path) -> tuple[list[File], list[Entry]]:
+def _read_shards(index: Path, place: Callable[[str], Place]) -> tuple[list[File], list[Entry]]:
     files: list[File] = []
     entries: list[Entry] = []
     shards = _read_index(index)
     for number, shard in enumerate(sorted(shards)):
-        # Beside the index as it was named: in the hub's layout both are links to other folders.
-        file, found = _read_file(index.parent / shard, number, f"shard named by {index.name},")
+        file, found = _read_file(place(shard), number, f"shard named by {index.name},")
         _check_shard(index, shard, {entry.name for entry in found}, shards[shard])
         files.append(file)
         entries += found

@@ -6,15 +6,16 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, Task, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from nexus_ext import cli_cache
 from nexus_ext.errors import MissingExtra, NexusError
@@ -36,7 +37,7 @@ Device = Annotated[str, typer.Option(help="Where the model computes: cpu, cuda o
 Io = Annotated[str, typer.Option(help="direct, buffered, mmap, gds or auto.")]
 Lookahead = Annotated[str, typer.Option(help="Groups fetched ahead, or auto.")]
 RamBudget = Annotated[
-    str, typer.Option(help="Host bytes for staging and, with a GPU, for groups kept in RAM; auto.")
+    str, typer.Option(help="Host bytes for staging and for groups kept in RAM; auto.")
 ]
 Verify = Annotated[str, typer.Option(help="off, first or always.")]
 Prefault = Annotated[
@@ -91,49 +92,55 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
     json_file: JsonFile = None,
 ) -> None:
-    """Generate text, streaming the weights."""
-    import torch
+    """Generate text, streaming the weights.
 
+    A model that is not here streams while it is downloaded. Afterwards this waits until the rest is
+    here and right; Ctrl-C leaves the rest for the next run.
+    """
+    from nexus_ext.arriving import Inbound
     from nexus_ext.blocks import find_blocks
-    from nexus_ext.hub import locate
     from nexus_ext.module import close, save_hotness, stats
-    from nexus_ext.pretrained import from_pretrained
+    from nexus_ext.pretrained import from_pretrained, source_of
 
-    with _byte_progress() as progress:
-        path = locate(model, progress=progress)
-    tokenizer = _tokenizer(path)
-    with _byte_progress() as progress:
-        streamed: Any = from_pretrained(
-            path,
-            device=device,
-            budget=budget,
-            io=io,
-            lookahead=lookahead,
-            ram_budget=ram_budget,
-            verify=verify,
-            prefault=prefault,
-            by_rows=by_rows or (),
-            weights=weights,
-            expert_budget=expert_budget,
-            expert_policy=expert_policy,
-            expert_hotness=expert_hotness if expert_hotness and expert_hotness.exists() else None,
-            progress=progress,
-        )
-    if compile_blocks:
-        for _, block in find_blocks(streamed, None):
-            block.compile()
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
-    began = time.perf_counter()
-    with torch.inference_mode(), err.status("generating"):
-        tokens = streamed.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    seconds = time.perf_counter() - began
-    text = tokenizer.decode(tokens[0], skip_special_tokens=True)
-    counters = stats(streamed)
-    if expert_hotness is not None:
-        save_hotness(streamed, expert_hotness)
-    close(streamed)
+    options: dict[str, Any] = {
+        "device": device,
+        "budget": budget,
+        "io": io,
+        "lookahead": lookahead,
+        "ram_budget": ram_budget,
+        "verify": verify,
+        "prefault": prefault,
+        "weights": weights,
+        "expert_budget": expert_budget,
+        "expert_policy": expert_policy,
+        "expert_hotness": expert_hotness if expert_hotness and expert_hotness.exists() else None,
+    }
+    watching = _Watching()
+    with ExitStack() as stack:
+        with watching.bars():
+            source = source_of(model, progress=watching, **options)
+            if isinstance(source, Inbound):
+                stack.callback(source.close)
+            tokenizer = _tokenizer(source if isinstance(source, Path) else source.folder)
+            streamed: Any = from_pretrained(
+                source, by_rows=by_rows or (), progress=watching, **options
+            )
+            stack.callback(close, streamed)
+            if compile_blocks:
+                for _, block in find_blocks(streamed, None):
+                    block.compile()
+            inputs = tokenizer(prompt, return_tensors="pt").to(device)
+            watching.begin("generating")
+            tokens, seconds = _generate(streamed, inputs, max_new_tokens)
+        text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+        out.print(text, markup=False, highlight=False)
+        if isinstance(source, Inbound):
+            with watching.bars():
+                source.wait()
+        counters = stats(streamed)
+        if expert_hotness is not None:
+            save_hotness(streamed, expert_hotness)
     num_new = tokens.shape[1] - inputs["input_ids"].shape[1]
-    out.print(text, markup=False, highlight=False)
     err.print(f"{num_new} tokens in {seconds:.2f} s ({num_new / seconds:.2f} tokens/s); {counters}")
     if counters.experts is not None:
         err.print(f"experts: {counters.experts}")
@@ -152,6 +159,16 @@ def run(
             "stats": asdict(counters),
         },
     )
+
+
+def _generate(model: Any, inputs: Any, max_new_tokens: int) -> tuple[Any, float]:
+    """Token ids, and how long they took."""
+    import torch
+
+    began = time.perf_counter()
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokens, time.perf_counter() - began
 
 
 @app.command()
@@ -203,7 +220,10 @@ def bench(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure a step against its bounds, the disk's ceiling, and peers."""
+    """Measure a step against its bounds, the disk's ceiling, and peers.
+
+    A model that is not here is fetched whole first: a download would be measured too.
+    """
     from nexus_ext.bench import bench as measure
 
     with err.status("starting") as status:
@@ -251,7 +271,10 @@ def bench_experts(
     json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the result: FILE.png.")] = None,
 ) -> None:
-    """Measure a mixture of experts by strategy and budget, beside itself in memory."""
+    """Measure a mixture of experts by strategy and budget, beside itself in memory.
+
+    A model that is not here is fetched whole first.
+    """
     from nexus_ext.bench_experts import bench_experts as measure
     from nexus_ext.bench_experts import parse_budgets
     from nexus_ext.expert_report import check_can_plot, experts_tables, plot_experts
@@ -298,7 +321,11 @@ def plan(
     expert_budget: ExpertBudget = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Show what would stay, what would stream, and the step that predicts. Reads no weights."""
+    """Show what would stay, what would stream, and the step that predicts. Reads no weights.
+
+    Of a model that is not here, headers and descriptions are fetched, and for a CPU no more; what
+    this brings is kept.
+    """
     from nexus_ext.pretrained import plan_pretrained
 
     made = plan_pretrained(
@@ -390,18 +417,51 @@ def _narrator(update: Callable[[str], None]) -> Callable[[str], None]:
     return lambda what: err.print(what, markup=False, highlight=False)
 
 
+class _Bytes(DownloadColumn):
+    """Nothing where nobody knows how much there is."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None else super().render(task)
+
+
+class _Watching:
+    """Who is told of progress, from any thread. A download outlives the bars that it began under:
+    what is told while there are none is not shown.
+    """
+
+    def __init__(self) -> None:
+        self._shown: tuple[Progress, dict[str, TaskID]] | None = None
+
+    @contextmanager
+    def bars(self) -> Iterator[None]:
+        columns = (TextColumn("{task.description}"), BarColumn(), _Bytes(binary_units=True))
+        with Progress(*columns, console=err, transient=True) as bars:
+            self._shown = bars, {}
+            try:
+                yield
+            finally:
+                self._shown = None
+
+    def begin(self, what: str) -> None:
+        """Something of which nobody knows how long it takes."""
+        if self._shown is not None:
+            self._shown[0].add_task(what, total=None)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        shown = self._shown  # once: another thread may end it
+        if shown is None:
+            return
+        bars, tasks = shown
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done, total=total)
+
+
 @contextmanager
-def _byte_progress() -> Iterator[Callable[[str, int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-    with Progress(*columns, console=err, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield progress
+def _byte_progress() -> Iterator[_Watching]:
+    watching = _Watching()
+    with watching.bars():
+        yield watching
 
 
 def conversion_table(report: Sequence[PackedModule]) -> Table:

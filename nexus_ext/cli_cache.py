@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from nexus_ext.config import cache_folder
 from nexus_ext.errors import ConfigError
 from nexus_ext.memory import format_bytes
 
-__all__ = ["app", "figures_of"]
+__all__ = ["app", "figures_of", "joined"]
 
 app = typer.Typer(help="What is kept of what was fetched.", no_args_is_help=True)
 out = Console()
@@ -90,41 +90,98 @@ def clear(folder: Folder = None, shared: Shared = False, json_file: JsonFile = N
 
 @app.command()
 def stats(folder: Folder = None, shared: Shared = False, json_file: JsonFile = None) -> None:
-    """Hits, latency and writes of all processes so far, beside their targets."""
-    with _open(folder, shared) as tier:
-        if tier is None:
-            out.print("there is no cache")
-            _write(json_file, {})
-            return
-        counted, state = tier.totals(), tier.stats()
+    """Hits, latency and writes of all processes so far, beside their targets.
+
+    Of several tiers name the folders as the store has them, the fastest first.
+    """
+    seen = [_seen(path, shared) for path in _folders(folder)]
+    if not seen:
+        out.print("there is no cache")
+        _write(json_file, {})
+        return
+    counted = joined([one["totals"] for one in seen])
     figures = figures_of(counted)
-    table = Table(title=f"{state.entries} entries, {format_bytes(state.stored_bytes)} of disk")
+    _print_figures(figures, seen)
+    if len(seen) > 1:
+        _print_folders(seen)
+    for name in ("hits", "misses", "puts", "evictions", "corruptions"):
+        out.print(f"{name}: {counted[name]}")
+    zones = [zone for one in seen for zone in one["zones"]]
+    for zone in zones:
+        out.print(
+            f"{zone['folder']}: {format_bytes(zone['written_bytes'])} written, "
+            f"{format_bytes(zone['written_bytes_of_day'])} of it in 24 hours; "
+            f"{format_bytes(zone['free_bytes'])} free",
+            markup=False,
+            highlight=False,
+        )
+    _write(json_file, {"totals": counted, "figures": figures, "zones": zones, "folders": seen})
+
+
+def joined(totals: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The counters of several folders together: tiers, fastest first, or zones of one tier.
+
+    Every tier counts what it was asked for: what a slow one has is a miss of those above it. So
+    what nobody had are the misses of the last one that was asked. Of zones the first one counts for
+    all. Moves between tiers are puts and evictions, too.
+    """
+    together = {name: sum(one[name] for one in totals) for name in totals[0]}
+    asked = [one for one in totals if one["hits"] or one["misses"]]
+    return together | {"misses": asked[-1]["misses"] if asked else 0}
+
+
+def _seen(folder: Path, shared: bool) -> dict[str, Any]:
+    """What lies in one folder, and what was counted there."""
+    with _open([folder], shared) as tier:
+        counted, state = tier.totals(), tier.stats()
+    return {
+        "folder": str(folder),
+        "entries": state.entries,
+        "stored_bytes": state.stored_bytes,
+        "totals": counted,
+        "zones": [asdict(zone) for zone in state.zones],
+    }
+
+
+def _print_figures(figures: list[dict[str, Any]], seen: list[dict[str, Any]]) -> None:
+    entries = sum(one["entries"] for one in seen)
+    stored = sum(one["stored_bytes"] for one in seen)
+    table = Table(title=f"{entries} entries, {format_bytes(stored)} of disk")
     for name in ("what", "measured", "target"):
         table.add_column(name)
     for figure in figures:
         table.add_row(figure["name"], figure["shown"], f"{figure['target']} {figure['verdict']}")
     out.print(table)
-    for name in ("hits", "misses", "puts", "evictions", "corruptions"):
-        out.print(f"{name}: {counted[name]}")
-    for zone in state.zones:
-        out.print(
-            f"{zone.folder}: {format_bytes(zone.written_bytes)} written, "
-            f"{format_bytes(zone.written_bytes_of_day)} of it in 24 hours; "
-            f"{format_bytes(zone.free_bytes)} free",
-            markup=False,
-            highlight=False,
+
+
+def _print_folders(seen: list[dict[str, Any]]) -> None:
+    """Where hits were, and how long they took there."""
+    hits = sum(one["totals"]["hits"] for one in seen)
+    table = Table()
+    table.add_column("folder", overflow="fold")  # where the terminal is narrow, numbers stay whole
+    for name in ("entries", "of disk", "hits", "share of hits", "average load"):
+        table.add_column(name, no_wrap=True)
+    for one in seen:
+        counted = one["totals"]
+        share, load = _ratio(counted["hits"], hits), _load_ms(counted)
+        table.add_row(
+            escape(one["folder"]),
+            str(one["entries"]),
+            format_bytes(one["stored_bytes"]),
+            str(counted["hits"]),
+            "" if share is None else f"{share:.1%}",
+            "" if load is None else f"{load:.1f} ms",
         )
-    zones = [asdict(zone) for zone in state.zones]
-    _write(json_file, {"totals": counted, "figures": figures, "zones": zones})
+    out.print(table)
 
 
-def figures_of(counted: dict[str, int]) -> list[dict[str, Any]]:
-    """The figures that a cache is judged by, of `DiskTier.totals`.
+def figures_of(counted: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The figures that a cache is judged by, of `DiskTier.totals` or `joined`.
 
     Each with its name, value (None where nothing was counted), target and verdict.
     """
     hits = _ratio(counted["hits"], counted["hits"] + counted["misses"])
-    load = _ratio(counted["read_ns"] / 1e6, counted["reads"])
+    load = _load_ms(counted)
     ahead = _ratio(counted["prefetch_used"], counted["prefetched"])
     queue = _ratio(counted["queue_depths"], counted["queue_looks"])
     return [
@@ -145,20 +202,34 @@ def _figure(
     return {"name": name, "value": value, "shown": shown, "target": target, "verdict": verdict}
 
 
+def _load_ms(counted: Mapping[str, int]) -> float | None:
+    return _ratio(counted["read_ns"] / 1e6, counted["reads"])
+
+
 def _ratio(part: float, whole: int) -> float | None:
     return part / whole if whole else None
+
+
+def _folders(named: list[Path] | None) -> list[Path]:
+    """Those that are there: the named ones, or the default.
+
+    Raises:
+        ConfigError: One that was named is not there.
+    """
+    chosen = [folder.expanduser() for folder in named or [cache_folder()]]
+    missing = [folder for folder in chosen if not folder.is_dir()]
+    if missing and named:
+        raise ConfigError(
+            f"A cache is a folder; {missing[0]} is none. Name the folder that holds blobs/."
+        )
+    return list(dict.fromkeys(folder for folder in chosen if folder not in missing))
 
 
 @contextmanager
 def _open(folders: list[Path] | None, shared: bool) -> Iterator[Any]:
     """A DiskTier on what is there; None where there is nothing, and nothing is made."""
-    chosen = [folder.expanduser() for folder in folders or [cache_folder()]]
-    missing = [folder for folder in chosen if not folder.is_dir()]
-    if missing and folders:
-        raise ConfigError(
-            f"A cache is a folder; {missing[0]} is none. Name the folder that holds blobs/."
-        )
-    if missing:
+    chosen = _folders(folders)
+    if not chosen:
         yield None
         return
     from nexus_ext.cache import DiskTier

@@ -3,6 +3,8 @@
 NEXUS_PREFAULT  on | off | auto (1 and 0 too): overrides the default of `prefault`
 NEXUS_HOME      folder for what nexus keeps: recorded digests, packed models, the demo's model, the
                 cache
+NEXUS_CACHE_BYTES  what the cache may take of its disk ("50GB"); without it, what the disk has
+NEXUS_STORE     URL of a store that nodes share: packed models are looked for there, and put there
 NEXUS_POISON    1 fills freed arenas with NaN bytes: a wrong read cannot pass unseen
 """
 
@@ -17,7 +19,17 @@ from typing import Literal, cast, get_args
 from nexus_ext.errors import ConfigError
 from nexus_ext.memory import parse_bytes
 
-__all__ = ["IoMode", "Predict", "Prefault", "StreamConfig", "Verify", "cache_folder", "home_folder"]
+__all__ = [
+    "IoMode",
+    "Predict",
+    "Prefault",
+    "StreamConfig",
+    "Verify",
+    "cache_bytes",
+    "cache_folder",
+    "home_folder",
+    "store_url",
+]
 
 IoMode = Literal["auto", "direct", "buffered", "mmap", "gds"]
 Verify = Literal["off", "first", "always"]
@@ -27,6 +39,8 @@ ExpertDevice = Literal["auto", "cpu"]
 
 # A read smaller than the largest alignment unit cannot be cut.
 _SMALLEST_CHUNK_BYTES = 64 << 10
+# The disk's own.
+_NO_LIMIT_BYTES = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -40,8 +54,9 @@ class StreamConfig:
             behind; "mmap" lives in it; "gds" reads into a GPU's memory through kvikio; "auto" looks
             at the cache, at free memory and at what kvikio can do.
         lookahead: Groups fetched ahead of the one in use, or "auto".
-        ram_budget: Bytes of host memory for staging and, when weights stream to a GPU, for groups
-            that stay in page-locked RAM; or "auto": 24 chunks, and on a GPU half of what is free.
+        ram_budget: Bytes of host memory for staging and for groups that stay in RAM: page-locked
+            where weights stream to a GPU, else shared by all processes of the user; or "auto": 24
+            chunks, and on a GPU half of what is free.
         verify: Compare groups with recorded digests: "off", at the "first" landing, or "always".
         prefault: Bring mapped pages in at the start ("mmap" only); "auto" when they fit in memory.
         depth: Reads in flight; None is the reader's default.
@@ -199,3 +214,14 @@ def home_folder() -> Path:
 def cache_folder() -> Path:
     """Where the cache is when nobody names another folder."""
     return home_folder() / "cache"
+
+
+def cache_bytes() -> int:
+    """What may be kept there."""
+    asked = os.environ.get("NEXUS_CACHE_BYTES")
+    return _NO_LIMIT_BYTES if not asked else parse_bytes(asked)
+
+
+def store_url() -> str | None:
+    """Where nodes share what they made; None where they do not."""
+    return os.environ.get("NEXUS_STORE") or None

@@ -89,6 +89,7 @@ class Engine:
             DeviceError, DeviceLost: The device cannot be used.
         """
         stamps = [number for file in files for number in astuple(file.stamp)]
+        held = [file.descriptor for file in files]
         self.handle: int = ops.call(
             native.engine_open,
             [str(file.path) for file in files],
@@ -102,7 +103,8 @@ class Engine:
             mode.num_slots or 0,
             poison,
             list(astuple(faults)) if faults else [],
-            list(descriptors),
+            list(descriptors) or held,
+            not descriptors,
         )
 
     def attach(

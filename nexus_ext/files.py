@@ -9,8 +9,13 @@ from pathlib import Path
 __all__ = ["write_whole"]
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes, mode: int = 0o600) -> None:
     """Temporary file, flush to disk, rename, flush the folder. Makes the folder.
+
+    Args:
+        path: Where it will be.
+        content: All of it.
+        mode: Permissions.
 
     Raises:
         OSError: The disk would not take it; then there is no temporary either.
@@ -18,8 +23,9 @@ def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

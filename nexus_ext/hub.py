@@ -36,11 +36,12 @@ from nexus_ext.hub_repo import (
     list_repo,
     start_shards,
     streamable_shards,
+    weight_files,
 )
 from nexus_ext.memory import parse_bytes
 from nexus_ext.url_model import fetch_url, folder_of, start_url
 
-__all__ = ["FetchReport", "arrive", "fetch", "find_local", "locate"]
+__all__ = ["FetchReport", "Outline", "arrive", "fetch", "find_local", "locate", "outline"]
 
 _log = logging.getLogger("nexus_ext")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -72,6 +73,47 @@ class FetchReport:
     bytes_present: int
     num_retries: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model on the hub whose weights are not here.
+
+    Attributes:
+        name: Its id.
+        folder: That it will have; what describes the model is there.
+        weights: SHA-256 and bytes of each file with weights, in the order of their names.
+    """
+
+    name: str
+    folder: Path
+    weights: tuple[tuple[str, int], ...]
+
+
+def outline(name: str | Path) -> Outline | None:
+    """What a hub id means, before its weights are fetched. Blocks for what describes it.
+
+    Returns:
+        None for paths, URLs and ids of models that are here; where nobody can be asked; and where
+        it has no checkpoint, or several.
+
+    Raises:
+        As `fetch`.
+    """
+    is_id = not _URL.match(str(name)) and not _is_no_id(name)
+    if not is_id or find_local(name) is not None or is_offline():
+        return None
+    try:
+        repo = list_repo(str(name), None)
+    except SourceUnavailable:
+        return None
+    with Downloader() as downloader:
+        fetch_descriptions(repo, downloader)
+    weights = weight_files(repo)
+    if weights is None:
+        return None
+    facts = tuple((file.blob, file.nbytes) for file in weights)
+    return Outline(str(name), repo.snapshot, facts)
 
 
 def find_local(name: str | Path) -> Path | None:
@@ -107,7 +149,11 @@ def locate(name: str | Path, *, max_connections: int = 8, progress: Progress | N
 
 
 def arrive(
-    name: str | Path, *, max_connections: int = 8, chunk_bytes: str | int = "8MiB"
+    name: str | Path,
+    *,
+    max_connections: int = 8,
+    chunk_bytes: str | int = "8MiB",
+    progress: Progress | None = None,
 ) -> Path | Inbound:
     """As `locate`, but does not wait for weights that can be streamed while they come.
 
@@ -116,6 +162,7 @@ def arrive(
     Args:
         name: As in `locate`.
         max_connections, chunk_bytes: As in `Downloader`.
+        progress: As in `fetch`; called until all is here, or the model is closed.
 
     Returns:
         The path of what is here, or had to be fetched whole; or what is on its way, to be opened,
@@ -131,12 +178,17 @@ def arrive(
         return remembered
     url = str(name) if _URL.match(str(name)) else None
     if url is None and (len(path.parts) != 2 or is_offline()):
-        return locate(name)
-    downloader = Downloader(max_connections=max_connections, chunk_bytes=chunk_bytes)
+        return locate(name, max_connections=max_connections, progress=progress)
+    names: dict[str, str] = {}  # known when the hub has listed the files
+    downloader = Downloader(
+        max_connections=max_connections,
+        chunk_bytes=chunk_bytes,
+        progress=_named(progress, names),
+    )
     try:
         window = 2 * parse_bytes(chunk_bytes)
         inbound = (
-            _arrive_repo(str(name), downloader, window)
+            _arrive_repo(str(name), downloader, window, names)
             if url is None
             else _arrive_url(url, downloader, window)
         )
@@ -146,14 +198,17 @@ def arrive(
     if inbound is not None:
         return inbound
     downloader.close()
-    return locate(name)
+    return locate(name, max_connections=max_connections, progress=progress)
 
 
-def _arrive_repo(name: str, downloader: Downloader, window_bytes: int) -> Inbound | None:
+def _arrive_repo(
+    name: str, downloader: Downloader, window_bytes: int, names: dict[str, str]
+) -> Inbound | None:
     try:
         repo = list_repo(name, None)
     except SourceUnavailable:
         return None  # `locate` asks the cache
+    names |= {file.blob: file.name for file in repo.files}
     fetch_descriptions(repo, downloader)
     shards = streamable_shards(repo)
     if shards is None:

@@ -20,7 +20,6 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nexus_ext.arriving import Here, Shard
 from nexus_ext.download import Download, Downloader
 from nexus_ext.errors import (
     AccessDenied,
@@ -31,6 +30,7 @@ from nexus_ext.errors import (
     SourceUnavailable,
 )
 from nexus_ext.files import write_whole
+from nexus_ext.shards import Here, Shard
 
 __all__ = [
     "INDEX",
@@ -45,6 +45,7 @@ __all__ = [
     "list_repo",
     "start_shards",
     "streamable_shards",
+    "weight_files",
 ]
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -224,6 +225,17 @@ def streamable_shards(repo: Repo) -> list[RepoFile] | None:
     if names != {file.name for file in weights} or names != _listed(repo):
         return None
     return weights
+
+
+def weight_files(repo: Repo) -> list[RepoFile] | None:
+    """The files of its one checkpoint, by name; its index, if it has one, is here. None where there
+    are others beside it, or some without a SHA-256.
+    """
+    weights = [file for file in repo.files if file.name.endswith(_WEIGHTS)]
+    names = {file.name for file in weights if file.sha256}
+    if len(names) < len(weights) or names != _listed(repo):
+        return None
+    return sorted(weights, key=lambda file: file.name)
 
 
 def _listed(repo: Repo) -> set[str]:

@@ -46,12 +46,15 @@ class Choice:
         reason: Why this mode.
         rates: Of disk and link, as far as they were measured.
         ram_bytes: Page-locked host memory for groups that stay in RAM; 0 on a host device.
+        shared_bytes: Of memory that processes share, for groups that are used there; on a host
+            device only.
     """
 
     mode: ReadMode
     reason: str
     rates: Rates
     ram_bytes: int = 0
+    shared_bytes: int = 0
 
 
 def choose(
@@ -80,10 +83,11 @@ def choose(
     # Of files that still arrive there is nothing to measure yet.
     if not streams or checkpoint.arrival is not None:
         return Choice(_within_ram_budget(mode, config), reason, Rates())
-    path = str(max(checkpoint.files, key=lambda file: file.stamp.size).path)
+    path = max(checkpoint.files, key=lambda file: file.stamp.size).reach
     if device.is_host:
         mode = _within_ram_budget(mode, config)
-        return Choice(mode, reason, Rates(_disk_rate(path, mode)))
+        rates = Rates(_disk_rate(path, mode))
+        return Choice(mode, reason, rates, shared_bytes=_shared_bytes(mode, config))
     link, chunk_bytes = _measure_link(device, config)
     mode = _within_ram_budget(replace(mode, chunk_bytes=chunk_bytes), config)
     disk = _disk_rate(path, mode)
@@ -96,7 +100,7 @@ def _choose_io(checkpoint: Checkpoint, device: Device, available: int) -> tuple[
     if checkpoint.arrival is not None:
         return "direct", "auto: the files still arrive"
     nbytes = sum(file.stamp.size for file in checkpoint.files)
-    cached = sum(max(0, cached_bytes(str(file.path))) for file in checkpoint.files)
+    cached = sum(max(0, cached_bytes(file.reach)) for file in checkpoint.files)
     fits, _ = should_prefault("auto", nbytes, available)
     share = f"{format_bytes(cached)} of {format_bytes(nbytes)} are in the page cache"
     if fits and cached >= _MOSTLY_CACHED * nbytes:
@@ -167,6 +171,14 @@ def _num_slots(mode: ReadMode, disk_over_link: float, config: StreamConfig) -> i
     if config.ram_budget == "auto":
         return wanted
     return min(wanted, config.ram_budget // _slot_bytes(mode))
+
+
+def _shared_bytes(mode: ReadMode, config: StreamConfig) -> int:
+    """What is left of `ram_budget` beside the ring; mapped files are shared as they are."""
+    if config.ram_budget == "auto" or mode.io == "mmap":
+        return 0
+    num_slots = (mode.depth or DEFAULT_DEPTH) * 3 // 2
+    return max(0, config.ram_budget - num_slots * _slot_bytes(mode))
 
 
 def _ram_bytes(mode: ReadMode, config: StreamConfig, available: int) -> int:

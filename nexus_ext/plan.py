@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 from nexus_ext.errors import BudgetError, ConfigError
 from nexus_ext.memory import format_bytes
 
-__all__ = ["Plan", "Rates", "divide_budget", "make_plan", "predict_step"]
+__all__ = ["Plan", "Rates", "choose_shared", "divide_budget", "make_plan", "predict_step"]
 
 # Deeper than this only costs: the link is full, and every arena takes the place of a resident.
 _DEEPEST_AUTO = 4
@@ -50,7 +50,8 @@ class Plan:
     `streamed[i]` always lives in the shared arena `arena_of[i]`, `arena_bytes[arena_of[i]]` big.
     There are `lookahead` + 1 of these; none, and lookahead 0, when everything is resident.
     `in_ram` are the streamed groups that stay in page-locked host memory: they take the link alone,
-    all others the disk too.
+    all others the disk too. `shared` are used where they lie, in memory of all processes: they
+    neither move nor count as device memory.
     `tiled_bytes` of projections are read by rows in every pass, through `tile_arena_bytes`.
     `minimum_bytes` is the smallest budget `make_plan` accepts, as a rule that of lookahead 1. A
     prediction is None while its rates are unknown; with unknown compute the step is the I/O bound.
@@ -66,6 +67,7 @@ class Plan:
     arena_bytes: tuple[int, ...] = ()
     lookahead: int = 0
     in_ram: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
     minimum_bytes: int = 0
     tiled_bytes: int = 0
     tile_arena_bytes: int = 0
@@ -90,13 +92,18 @@ class Plan:
 
     @property
     def ram_bytes(self) -> int:
-        """Bytes of the groups that stay in host memory."""
+        """Bytes of the groups that stay in host memory, page-locked or shared."""
+        return self.locked_bytes + sum(self.group_bytes[group] for group in self.shared)
+
+    @property
+    def locked_bytes(self) -> int:
+        """Bytes of the groups that stay in page-locked memory."""
         return sum(self.group_bytes[group] for group in self.in_ram)
 
     @property
     def disk_bytes(self) -> int:
         """Bytes read from disk in every pass but the first."""
-        return self.streamed_bytes - self.ram_bytes
+        return self.streamed_bytes - self.locked_bytes
 
     @property
     def device_bytes(self) -> int:
@@ -113,7 +120,8 @@ class Plan:
             if self.tiled_bytes
             else ""
         )
-        ram = f"in RAM    groups: {len(self.in_ram)}, {size(self.ram_bytes)}\n" * bool(self.in_ram)
+        num_in_ram = len(self.in_ram) + len(self.shared)
+        ram = f"in RAM    groups: {num_in_ram}, {size(self.ram_bytes)}\n" * bool(num_in_ram)
         experts = "" if self.experts is None else f"{self.experts.describe()}\n"
         compute = self.predicted_compute_seconds
         bound = "at least " if compute is None and step is not None else ""
@@ -141,6 +149,7 @@ def make_plan(
     tiled_bytes: int = 0,
     tile_arena_bytes: int = 0,
     ram_bytes: int = 0,
+    shared: Collection[int] = (),
 ) -> Plan:
     """Split the groups into resident and streamed ones so that the budget holds.
 
@@ -155,6 +164,7 @@ def make_plan(
         tiled_bytes: Bytes of projections that are read by rows in every pass.
         tile_arena_bytes: Bytes of the arenas they are read through.
         ram_bytes: Bytes of host memory for streamed groups that stay there.
+        shared: Groups that lie in memory of all processes; see `choose_shared`.
 
     Raises:
         BudgetError: The budget is too small, altogether or for the lookahead asked for.
@@ -168,9 +178,10 @@ def make_plan(
         budget_bytes,
         outside_bytes,
         sizes,
-        tuple(range(len(sizes))),
+        tuple(group for group in range(len(sizes)) if group not in shared),
         tiled_bytes=tiled_bytes,
         tile_arena_bytes=tile_arena_bytes,
+        shared=tuple(sorted(shared)),
     )
     depths = _depths(sizes, lookahead, in_flight_bytes)
     smallest = {depth: _smallest(everything, depth) for depth in (1, *depths)}
@@ -182,6 +193,18 @@ def make_plan(
     frugal = [plan for plan in fitting if len(plan.streamed) >= 2 * len(plan.arena_bytes)]
     plan = _with_ram((frugal or fitting[:1])[-1], ram_bytes)
     return _predicted(replace(plan, minimum_bytes=minimum), rates)
+
+
+def choose_shared(group_bytes: Sequence[int], shared_bytes: int) -> tuple[int, ...]:
+    """Groups for memory of all processes: as many as fit when they are spread evenly, so that a
+    process which asks for twice the bytes finds those of the others among its own.
+    """
+    size = len(group_bytes)
+    spreads = (_spread(size, count) for count in range(size, -1, -1))
+    chosen = next(
+        groups for groups in spreads if sum(group_bytes[g] for g in groups) <= shared_bytes
+    )
+    return tuple(sorted(chosen))
 
 
 def divide_budget(budget_bytes: int, plans: Sequence[Plan]) -> list[int]:
@@ -322,8 +345,12 @@ def _spread(num_groups: int, count: int) -> frozenset[int]:
 
 def _spreads(everything: Plan, depth: int) -> Iterator[Plan]:
     """A plan for every number of residents, most first."""
-    size = everything.num_groups
-    return (_split(everything, _spread(size, count), depth) for count in range(size, -1, -1))
+    groups = everything.resident
+    spreads = (_spread(len(groups), count) for count in range(len(groups), -1, -1))
+    return (
+        _split(everything, frozenset(groups[place] for place in places), depth)
+        for places in spreads
+    )
 
 
 def _smallest(everything: Plan, depth: int) -> Plan:
@@ -353,11 +380,11 @@ def _with_ram(plan: Plan, ram_bytes: int) -> Plan:
     kept = next(
         kept
         for places in spreads
-        if (kept := _keeping(plan, [plan.streamed[place] for place in places])).ram_bytes
+        if (kept := _keeping(plan, [plan.streamed[place] for place in places])).locked_bytes
         <= ram_bytes
     )
     for group in sorted(plan.streamed, key=lambda group: plan.group_bytes[group]):
-        if group not in kept.in_ram and kept.ram_bytes + plan.group_bytes[group] <= ram_bytes:
+        if group not in kept.in_ram and kept.locked_bytes + plan.group_bytes[group] <= ram_bytes:
             kept = _keeping(plan, [*kept.in_ram, group])
     return kept
 

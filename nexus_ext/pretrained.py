@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -19,20 +19,22 @@ from torch import nn
 
 from nexus_ext.arriving import Inbound
 from nexus_ext.checkpoint import Checkpoint
-from nexus_ext.config import StreamConfig, home_folder
+from nexus_ext.config import StreamConfig, store_url
 from nexus_ext.conversion import Conversion
 from nexus_ext.device import Device
 from nexus_ext.errors import ConfigError, MissingExtra
 from nexus_ext.experts.budget import divide
 from nexus_ext.experts.find import find_experts
-from nexus_ext.hub import arrive, locate
+from nexus_ext.hub import Outline, arrive, locate, outline
 from nexus_ext.layout import lay_out
 from nexus_ext.module import stream
+from nexus_ext.packed_store import open_packed
 from nexus_ext.plan import Plan
 from nexus_ext.quant.config import QuantConfig, config_of
 from nexus_ext.quant.convert import PackedModule, convert_checkpoint
-from nexus_ext.quant.formats import PackedWeights
+from nexus_ext.quant.formats import PackedWeights, descriptions
 from nexus_ext.quant.gguf_file import GGUFCheckpoint, open_checkpoint
+from nexus_ext.quant.shards import Shards
 from nexus_ext.streamer import Progress, plan_groups
 
 __all__ = [
@@ -42,13 +44,18 @@ __all__ = [
     "from_pretrained",
     "plan_pretrained",
     "renaming",
+    "source_of",
 ]
 
 _log = logging.getLogger("nexus_ext")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+# Requests for headers are this divided by the connections: little else comes with them.
+_HEADERS_CHUNK = "512KiB"
 
 
 def from_pretrained(
-    name: str | Path,
+    name: str | Path | Inbound | Outline,
     *,
     model_class: str | type[nn.Module] | None = None,
     device: str | torch.device | Device = "cpu",
@@ -65,14 +72,15 @@ def from_pretrained(
     in memory. The dtype is the checkpoint's own. docs/arriving.md tells when all is fetched first.
 
     Args:
-        name: A folder with config.json and safetensors, a .gguf file, a hub id, or a URL.
+        name: A folder with config.json and safetensors, a .gguf file, a hub id, or a URL; or what
+            `source_of` has found, with the same options.
         model_class: A transformers class or its name; None takes the one named in the config.
         device: As in `stream`.
         groups: As in `stream`.
         by_rows: As in `stream`.
         weights: "nf4", "nf4-nested", "nf4-fine", "int8", "mixed" or a config of `nexus_ext.quant`:
-            convert the checkpoint once (into NEXUS_HOME) and stream that. None streams it as it is,
-            be it plain or packed.
+            pack the checkpoint once, keep that in the cache, and stream it. None streams it as it
+            is, be it plain or packed.
         progress: As in `stream`.
         **options: As in `stream`: budget, io, lookahead, ram_budget, verify, prefault,
             expert_budget, ...
@@ -83,17 +91,15 @@ def from_pretrained(
         NexusError: As `stream`.
     """
     groups = groups if groups is None or isinstance(groups, str) else list(groups)
-    config, target = StreamConfig.of(**options), Device.of(device)
-    source = arrive(name) if weights is None and _reads_as_it_comes(config, target) else None
+    target = Device.of(device)
     with contextlib.ExitStack() as on_error:
+        source = source_of(name, device=target, weights=weights, **options)
         if isinstance(source, Inbound):
             on_error.callback(source.close)
-            path, checkpoint, model = _opened_inbound(source, model_class)
+        if weights is None:
+            checkpoint, model = _opened(source, model_class)
         else:
-            path = locate(name) if source is None else source
-            if weights is not None:
-                path = _converted(path, config_of(weights), model_class, groups, progress)
-            checkpoint = open_checkpoint(path)
+            path, checkpoint = _packed(source, config_of(weights), model_class, groups, progress)
             model = build_empty(path, checkpoint, model_class)
         rename = renaming(model, checkpoint)
         _report_unused(model, checkpoint, rename)
@@ -113,27 +119,70 @@ def from_pretrained(
     return streamed
 
 
+def source_of(
+    name: str | Path | Inbound | Outline,
+    *,
+    device: str | torch.device | Device = "cpu",
+    weights: str | QuantConfig | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Path | Inbound | Outline:
+    """Where a model is; or what is on its way, where these options can stream it while it comes; or
+    what is known of it, where the nodes' store may have it packed.
+
+    Blocks for what describes the model, or for all of it.
+
+    Args:
+        name, device, weights, **options: As in `from_pretrained`, which takes what this returns.
+        progress: Called as (file, done_bytes, total_bytes), from other threads, until all is here.
+
+    Returns:
+        A folder or file; or what must be given to `from_pretrained`, or, if it is an Inbound,
+        closed.
+
+    Raises:
+        ConfigError: No such model, or an option that cannot be; what is on its way already, and
+            options that need all of it.
+        DownloadError, WriteError: As `nexus_ext.hub.fetch`.
+    """
+    config, target = StreamConfig.of(**options), Device.of(device)
+    can_stream = weights is None and _reads_as_it_comes(config, target)
+    if isinstance(name, Outline):
+        return name
+    if not isinstance(name, Inbound):
+        outlined = outline(name) if weights is not None and store_url() else None
+        bring = arrive if can_stream else locate
+        return outlined or bring(name, progress=progress)
+    if not can_stream:
+        raise ConfigError(
+            "what is still on its way streams as it is to the CPU, with io='auto', 'direct' or "
+            f"'buffered' and verify='off'; got device={target.name!r}, weights={weights!r}, "
+            f"io={config.io!r}, verify={config.verify!r}. Fetch it first: nexus fetch."
+        )
+    return name
+
+
 def _reads_as_it_comes(config: StreamConfig, device: Device) -> bool:
-    """Whether a model may be streamed while it is downloaded. Mapped files, kvikio and digests of
-    everything need files that are whole; to a GPU nobody has tried.
+    """Whether a model may be streamed while it is downloaded. Mapped files and kvikio read past the
+    engine's gate, and digests have nothing to be compared with before all is here; to a GPU nobody
+    has tried.
     """
     return device.is_host and config.io in ("auto", "direct", "buffered") and config.verify == "off"
 
 
-def _opened_inbound(
-    source: Inbound, model_class: str | type[nn.Module] | None
-) -> tuple[Path, Checkpoint, nn.Module]:
-    """A checkpoint on its way, and its empty model; one that is packed, or has experts, is fetched
-    whole first: their bytes are read in other ways than through the gate.
+def _opened(
+    source: Path | Inbound | Outline, model_class: str | type[nn.Module] | None
+) -> tuple[Checkpoint, nn.Module]:
+    """A checkpoint and its empty model. Of one that is on its way what describes packed weights is
+    brought here; all else waits at the engine's gate.
     """
+    source = locate(source.name) if isinstance(source, Outline) else source
+    if isinstance(source, Path):
+        checkpoint = open_checkpoint(source)
+        return checkpoint, build_empty(source, checkpoint, model_class)
     checkpoint = source.open()
-    if all(entry.dtype.is_floating_point for entry in checkpoint.entries.values()):
-        model = build_empty(source.folder, checkpoint, model_class)
-        if not find_experts(model, checkpoint, renaming(model, checkpoint)):
-            return source.folder, checkpoint, model
-    source.finish()
-    checkpoint = open_checkpoint(source.folder)
-    return source.folder, checkpoint, build_empty(source.folder, checkpoint, model_class)
+    source.bring([(entry.file, entry.offset, entry.nbytes) for entry in descriptions(checkpoint)])
+    return checkpoint, build_empty(source.folder, checkpoint, model_class)
 
 
 def plan_pretrained(
@@ -145,16 +194,33 @@ def plan_pretrained(
     by_rows: str | Iterable[str] = (),
     **options: Any,
 ) -> Plan:
-    """What `from_pretrained` would keep and stream, read from headers alone. Raises as it does."""
-    path = locate(name)
-    checkpoint = open_checkpoint(path)
-    model = build_empty(path, checkpoint, model_class)
+    """What `from_pretrained` would keep and stream, read from headers alone.
+
+    Of a model that is not here the headers are fetched, and no more; rates, and so the step, are
+    unknown then. For a GPU all of it is fetched. Raises as `from_pretrained`.
+    """
+    config, target = StreamConfig.of(**options), Device.of(device)
+    source = arrive(name, chunk_bytes=_HEADERS_CHUNK) if target.is_host else locate(name)
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, Inbound):
+            stack.callback(source.close)
+        checkpoint, model = _opened(source, model_class)
+        return _planned(model, checkpoint, groups, by_rows, config, target)
+
+
+def _planned(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    groups: str | Iterable[str] | None,
+    by_rows: str | Iterable[str],
+    config: StreamConfig,
+    target: Device,
+) -> Plan:
     rename = renaming(model, checkpoint)
     experts = find_experts(model, checkpoint, rename)
     layout = lay_out(
         model, checkpoint, groups, rename, strict=False, by_rows=by_rows, experts=experts
     )
-    config, target = StreamConfig.of(**options), Device.of(device)
     division = divide(checkpoint, layout, experts, config, target) if experts else None
     plan, _ = plan_groups(
         checkpoint,
@@ -198,8 +264,20 @@ def convert(
         QuantizationError: A weight that is not finite, or of integers or float8.
         WriteError: The disk would not take it.
     """
-    config = config_of(weights)
-    path = locate(name)
+    return _convert(
+        locate(name), Path(folder), config_of(weights), model_class, groups, None, progress
+    )
+
+
+def _convert(
+    path: Path,
+    folder: Path,
+    config: QuantConfig,
+    model_class: str | type[nn.Module] | None,
+    groups: str | Iterable[str] | None,
+    shards: Shards | None,
+    progress: Progress | None,
+) -> list[PackedModule]:
     checkpoint = open_checkpoint(path)
     model = build_empty(path, checkpoint, model_class)
     rename = renaming(model, checkpoint)
@@ -210,34 +288,46 @@ def convert(
         model,
         checkpoint,
         moved,
-        Path(folder),
+        folder,
         config,
         experts=experts,
         rename=rename,
+        shards=shards,
         progress=progress,
     )
 
 
-def _converted(
-    path: Path,
+def _packed(
+    source: Path | Inbound | Outline,
     config: QuantConfig,
     model_class: str | type[nn.Module] | None,
     groups: str | list[str] | None,
     progress: Progress | None,
-) -> Path:
-    """The folder of this model, packed; made if it is not there, by one process at a time."""
+) -> tuple[Path, Checkpoint]:
+    """This model, packed: what describes it, and its shards in the cache; made where missing."""
+    assert not isinstance(source, Inbound)  # packing needs all of it: see source_of
+    if isinstance(source, Outline):
+        path, identity = source.folder, json.dumps(source.weights)
+    else:
+        path, identity = source, _identity(open_checkpoint(source))
     described = path / "config.json"
     about = described.read_text() if described.exists() else ""
-    asked = repr((Checkpoint.open(path).fingerprint, about, config, groups))
-    key = hashlib.sha256(asked.encode()).hexdigest()[:16]
-    folder = home_folder() / "converted" / f"{path.name}-{key}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f"{folder.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "model.safetensors.index.json").exists():
-            _log.info("packing %s into %s", path, folder)
-            convert(path, folder, config, model_class=model_class, groups=groups, progress=progress)
-    return folder
+    key = hashlib.sha256(repr((identity, about, config, groups)).encode()).hexdigest()[:16]
+
+    def pack(folder: Path, shards: Shards) -> None:
+        _log.info("packing %s into the cache", path)
+        here = locate(source.name) if isinstance(source, Outline) else source
+        _convert(here, folder, config, model_class, groups, shards, progress)
+
+    return open_packed(f"{path.name}-{key}", pack)
+
+
+def _identity(checkpoint: Checkpoint) -> str:
+    """Names the bytes. In the hub's layout files are called by what is in them, on every node."""
+    names = [file.path.name for file in checkpoint.files]
+    if all(_SHA256.fullmatch(name) for name in names):
+        return json.dumps([(file.path.name, file.stamp.size) for file in checkpoint.files])
+    return checkpoint.fingerprint
 
 
 def build_empty(

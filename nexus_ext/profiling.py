@@ -52,7 +52,9 @@ class Stats:
     why something better was not. A hit is an acquire that found its group landed, a wait one that
     did not; `stall_seconds` is the time spent waiting. `busy_seconds` is the time with reads in
     flight. A misprediction is an acquire of a group that nobody had started to load. `experts` is
-    the `ExpertStats` of a mixture-of-experts model, else None. `network_bytes` came over the
+    the `ExpertStats` of a mixture-of-experts model, else None. `ram_mode` is where groups stay in
+    RAM: "page-locked", "shared" by all processes, "private: " and why, or "off"; `ram_bytes_read`
+    were read by this process for others too, beside `bytes_read`. `network_bytes` came over the
     network for this model; while `is_arriving` there is more to come.
     """
 
@@ -71,6 +73,8 @@ class Stats:
     is_pinned: bool
     pin_refusal: str
     ram_bytes: int
+    ram_mode: str
+    ram_bytes_read: int
     resident_groups: int
     streamed_groups: int
     ram_groups: int

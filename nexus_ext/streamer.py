@@ -10,8 +10,9 @@ i + 1 there; the tiles of projections that are read by rows come behind the grou
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import astuple, replace
+from pathlib import Path
 
 import torch
 
@@ -23,9 +24,10 @@ from nexus_ext.engine import Engine, Faults, ReadMode, caller_number
 from nexus_ext.gds import GdsServer
 from nexus_ext.memory import available_bytes, default_budget, should_prefault
 from nexus_ext.mode import DEFAULT_DEPTH, Choice, choose
-from nexus_ext.plan import Plan, make_plan
+from nexus_ext.plan import Plan, choose_shared, make_plan
 from nexus_ext.profiling import Stats
 from nexus_ext.rows import RowTable, TiledWeight, forget, remember, tiles_of
+from nexus_ext.shared_groups import SharedGroups
 
 __all__ = ["Progress", "Streamer", "plan_groups"]
 
@@ -98,6 +100,9 @@ class Streamer:
         )
         self._reason = choice.reason
         self._prefault_reason = "only mapped files are pre-faulted"
+        self._gds: GdsServer | None = None
+        self._shared: SharedGroups | None = None
+        self._segments: dict[int, torch.Tensor] = {}
         self.engine = Engine(
             checkpoint.files,
             choice.mode,
@@ -106,8 +111,9 @@ class Streamer:
             faults=faults,
             descriptors=() if checkpoint.arrival is None else checkpoint.arrival.descriptors,
         )
-        self._gds: GdsServer | None = None
         try:
+            if self.plan.shared:
+                self._share(choice)
             self._start(choice.mode)
         except BaseException:
             self._stop()
@@ -138,11 +144,36 @@ class Streamer:
         self._wait_for_residents()
         self.projection_ids, self.table_ids = self._open_by_rows()
 
+    def _share(self, choice: Choice) -> None:
+        """Bring what processes share; what finds no room there streams."""
+        wanted = [self.groups[group] for group in self.plan.shared]
+        self._shared = SharedGroups(
+            self._checkpoint, wanted, choice.mode, is_verified=self.config.verify != "off"
+        )
+        total = sum(group.nbytes for group in wanted)
+        done = 0
+        for number, group in zip(self.plan.shared, wanted, strict=True):
+            self._progress("sharing weights", done, total)
+            segment = self._shared.bring(group, self._phase_for(choice.mode, [group]))
+            if segment is not None:
+                self._segments[number] = segment
+            done += group.nbytes
+        if len(self._segments) < len(wanted):
+            tiles = [tile for tiles in self._tiles.values() for tile in tiles]
+            budget = self.plan.budget_bytes
+            self.plan = _plan(
+                self.groups, self.outside, self.config, budget, choice, tiles, self._segments
+            )
+
     @property
     def _everything(self) -> list[Group]:
-        """Every group of the engine, by number."""
+        """Every group of the engine, by number; it has nothing to read of what is shared."""
         tiles = [tile for tiles in self._tiles.values() for tile in tiles]
-        return [self.outside, *self.groups, *tiles]
+        groups = [
+            replace(group, extents=()) if number in self._segments else group
+            for number, group in enumerate(self.groups)
+        ]
+        return [self.outside, *groups, *tiles]
 
     @property
     def _tile_range(self) -> range:
@@ -226,16 +257,20 @@ class Streamer:
         self.engine.end_pass()
 
     def stats(self) -> Stats:
+        counted = self.engine.stats()
         return Stats.of(
             {
-                **self.engine.stats(),
+                **counted,
                 **self._gds_stats(),
                 "io_mode_requested": self.config.io,
                 "io_reason": self._reason,
                 "prefault_reason": self._prefault_reason,
                 "budget_bytes": self.plan.budget_bytes,
                 "device_bytes": self.plan.device_bytes,
-                "ram_groups": len(self.plan.in_ram),
+                "ram_groups": len(self.plan.in_ram) + len(self.plan.shared),
+                "ram_bytes": counted["ram_bytes"] + sum(s.nbytes for s in self._segments.values()),
+                "ram_mode": self._ram_mode(),
+                "ram_bytes_read": 0 if self._shared is None else self._shared.bytes_read,
                 "resident_groups": len(self.plan.resident),
                 "streamed_groups": len(self.plan.streamed),
                 "lookahead": self.plan.lookahead,
@@ -244,6 +279,11 @@ class Streamer:
                 "experts": None,
             }
         )
+
+    def _ram_mode(self) -> str:
+        if self._shared is not None:
+            return self._shared.effective
+        return "page-locked" if self.plan.in_ram else "off"
 
     def close(self) -> None:
         """Stop loading and close the files. May be called twice."""
@@ -259,6 +299,10 @@ class Streamer:
             self._gds.close()
         if self._arrival is not None:
             self._arrival.close()
+        if self._shared is not None:
+            self._shared.close()
+        if self._checkpoint.lease is not None:
+            self._checkpoint.lease.close()
 
     # -- setting up --------------------------------------------------------------------------
 
@@ -276,7 +320,9 @@ class Streamer:
         phase = self._phase_for(mode, [self.groups[group] for group in plan.streamed])
         for number, group in enumerate((self.outside, *self.groups)):
             ring = ring_of.get(number - 1)
-            if ring is None:
+            if number - 1 in self._segments:
+                arenas.append(self._segments[number - 1])
+            elif ring is None:
                 arenas.append(self.device.allocate(group.nbytes, self._phase_for(mode, [group])))
             elif mode.io == "mmap" and self.device.is_host and _can_be_viewed(group):
                 extent = group.extents[0]
@@ -298,7 +344,7 @@ class Streamer:
     def _open_gds(self) -> GdsServer:
         files = self._checkpoint.files
         return GdsServer(
-            [file.path for file in files],
+            [Path(file.reach) for file in files],
             [astuple(file.stamp) for file in files],
             self._arenas,
             self.engine.take_read,
@@ -401,12 +447,24 @@ def plan_groups(
     budget = config.budget
     if budget == "auto":
         budget = default_budget(device.available_bytes())
-    sizes = [group.nbytes for group in groups]
     tiles = [tile for entry in projections for tile in tiles_of(entry, config.tile_bytes)]
-    streams = bool(tiles) or outside.nbytes + sum(sizes) > budget
+    streams = bool(tiles) or outside.nbytes + sum(group.nbytes for group in groups) > budget
     choice = choose(checkpoint, config, device, streams=streams)
-    plan = make_plan(
-        sizes,
+    shared = choose_shared([group.nbytes for group in groups], choice.shared_bytes)
+    return _plan(groups, outside, config, budget, choice, tiles, shared), choice
+
+
+def _plan(
+    groups: Sequence[Group],
+    outside: Group,
+    config: StreamConfig,
+    budget: int,
+    choice: Choice,
+    tiles: Sequence[Group],
+    shared: Collection[int],
+) -> Plan:
+    return make_plan(
+        [group.nbytes for group in groups],
         outside.nbytes,
         budget,
         config.lookahead,
@@ -415,5 +473,5 @@ def plan_groups(
         tiled_bytes=sum(tile.nbytes for tile in tiles),
         tile_arena_bytes=sum(_tile_arena_bytes(tiles)),
         ram_bytes=choice.ram_bytes,
+        shared=shared,
     )
-    return plan, choice

@@ -12,11 +12,11 @@ import logging
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from nexus_ext.arriving import Shard
 from nexus_ext.config import home_folder
 from nexus_ext.download import Download, Downloader, Fetched
 from nexus_ext.download.facts import shown
 from nexus_ext.errors import CheckpointFormatError, SourceRefused
+from nexus_ext.shards import Shard
 
 __all__ = ["fetch_url", "folder_of", "start_url"]
 

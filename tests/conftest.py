@@ -16,10 +16,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 # Without a GPU Triton's kernels are interpreted; triton looks when it is first imported, by torch
 # perhaps.
@@ -465,31 +466,55 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     made.close()
 
 
-# -- counts ------------------------------------------------------------------------------------
+# -- what tests counted --------------------------------------------------------------------------
+
+
+class RecordCount(Protocol):
+    """Of the fixture `record_count`."""
+
+    def __call__(
+        self, fact: str, number: int, outcomes: Mapping[str, int] | None = None
+    ) -> None: ...
+
+
+_FACT = "reliability: "
 
 
 @pytest.fixture
-def record_count(record_property: Callable[[str, object], None]) -> Callable[[str, object], None]:
-    """Have a count printed at the end of the run: (what was counted, how many)."""
-    return lambda name, value: record_property(f"count of {name}", value)
+def record_count(record_property: Callable[[str, object], None]) -> RecordCount:
+    """Have a fact printed at the end of the run: what was done, how often, and what came of it.
+
+    Tests that tell of one fact add up, whichever processes they ran in.
+    """
+
+    def record(fact: str, number: int, outcomes: Mapping[str, int] | None = None) -> None:
+        counts = [[name, int(count)] for name, count in (outcomes or {}).items()]
+        record_property(_FACT + fact, [["", int(number)], *counts])
+
+    return record
+
+
+def facts_of(reports: Iterable[Any]) -> dict[str, Counter[str]]:
+    """The counts of each fact, by outcome; "" is how often it was tried."""
+    facts: dict[str, Counter[str]] = {}
+    for report in reports:
+        for name, counts in report.user_properties if report.when == "call" else ():
+            if name.startswith(_FACT):
+                found = facts.setdefault(name.removeprefix(_FACT), Counter())
+                for outcome, count in counts:
+                    found[outcome] += count  # a 0 is told, too
+    return facts
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print what tests counted; it comes with their reports from other processes, too."""
-    reports = [
-        report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)
-    ]
-    counts = [
-        f"{report.nodeid}: {name}: {value}"
-        for report in reports
-        if report.when == "call"
-        for name, value in report.user_properties
-        if name.startswith("count of ")
-    ]
-    if counts:
-        terminalreporter.section("counts")
-        for line in counts:
-            terminalreporter.write_line(line)
+    kinds = ("passed", "failed")
+    facts = facts_of(one for kind in kinds for one in terminalreporter.getreports(kind))
+    if facts:
+        terminalreporter.section("reliability")
+    for fact, counts in sorted(facts.items()):
+        told = [f"{name} {count:,}".strip() for name, count in counts.items()]
+        terminalreporter.write_line(f"{fact}: {', '.join(told)}")
 
 
 # -- processes ---------------------------------------------------------------------------------

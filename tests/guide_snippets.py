@@ -1,10 +1,12 @@
-"""The code blocks of the I/O guide, as they stand there; `nexus_final` is an older name of ours."""
+"""The code blocks and the statements of the I/O guide, as they stand there; `nexus_final` is an older
+name of ours.
+"""
 
 # ruff: noqa: E501
 
 from __future__ import annotations
 
-__all__ = ["SNIPPETS"]
+__all__ = ["CLAIMS", "SNIPPETS"]
 
 SNIPPETS: dict[str, str] = {}
 
@@ -152,3 +154,89 @@ print(f"Cache hit ratio: {stats['prefetcher']['cache_hits'] / stats['prefetcher'
 print(f"Avg latency: {stats['prefetcher']['avg_latency_ms']:.2f}ms")
 print(f"Active downloads: {stats['downloader']['active_downloads']}")
 """
+
+# Statements, without list marks and emphasis; cells of a table are parted by dots.
+CLAIMS = [
+    "I/O (Input/Output) operations are a critical bottleneck in Selective Layer Inference (SLI) systems. When working with large language models that don't fit in GPU memory, layers must be loaded from disk or network storage on-demand, which can significantly impact inference latency.",
+    "Layer Loading Latency: Loading a single transformer layer (500MB-2GB) from SSD takes 50-200ms",
+    "Sequential Dependencies: Layers must be loaded sequentially for forward pass",
+    "Cache Misses: Without caching, every layer access requires disk I/O",
+    "Network Latency: Downloading from HuggingFace Hub adds 1-10 seconds per layer",
+    "SSD Wear: Repeated writes to the same SSD blocks degrade performance",
+    "RAM to GPU · 1-5 ms · Negligible",
+    "SSD to RAM · 50-200 ms · Moderate",
+    "Network Download · 1-10 s · Severe",
+    "Sequential Load (32 layers) · 1.6-6.4 s · Critical",
+    "Our intelligent caching system minimizes redundant I/O",
+    "LRU (Least Recently Used) eviction policy",
+    "Two-tier caching (memory + SSD)",
+    "Checksum validation for integrity",
+    "Persistent metadata across restarts",
+    "Cache hit/miss statistics",
+    "First access: 1-10s (download + cache)",
+    "Subsequent access: 50-200ms (SSD) or 1-5ms (memory)",
+    "Hit ratio typically 80-95% in production",
+    "Pre-fetch layers while the GPU is computing on the current layer",
+    "GPU computes on layer N",
+    "CPU pre-fetches layers N+1, N+2 in parallel",
+    "Next layer is ready when GPU needs it",
+    "Overlaps compute with I/O",
+    "Reduces effective latency to max(compute_time, io_time)",
+    "Typically 2-3x speedup for I/O-bound inference",
+    "Download multiple layers simultaneously",
+    "Utilizes full network bandwidth",
+    "Reduces total download time",
+    "Connection reuse for efficiency",
+    "Smaller layers load faster from disk/network",
+    "INT8: 2x size reduction, minimal accuracy loss",
+    "NF4: 4x size reduction, good accuracy",
+    "Mixed precision: Different precision for attention vs FFN",
+    "2-4x faster disk reads",
+    "2-4x faster network downloads",
+    "Small de-quantization overhead on GPU",
+    "Use a pipeline to overlap computation and I/O",
+    "Stage 1: Load layer N+1 while computing layer N",
+    "Stage 2: Load layer N+2 while computing layer N+1",
+    "Stage 3: Keep 2 layers ahead in the prefetch queue",
+    "Distribute writes across the SSD for longevity",
+    "Extends SSD lifespan",
+    "Prevents performance degradation",
+    "Maintains consistent write speeds",
+    "High-Performance Setup (Local SSD)",
+    "Network-Constrained Setup",
+    "Memory-Constrained Setup",
+    "Monitor I/O performance with built-in statistics",
+    "Cache Hit Ratio · >85% · Percentage of layer requests served from cache",
+    "Avg Load Latency · <100ms · Average time to load a layer",
+    "Prefetch Hit Rate · >70% · Layers used after being prefetched",
+    "Queue Depth · 2-4 · Number of pending I/O operations",
+    "Allocate 2-3x the model size for cache",
+    "Use fast NVMe SSD if available",
+    "Monitor cache hit ratio and adjust size",
+    "`prefetch_lookahead=2` for balanced I/O",
+    "`prefetch_lookahead=3-5` for network-constrained",
+    "Disable if memory is extremely limited",
+    "Use NF4 for maximum I/O speed (4x reduction)",
+    "Use INT8 for better accuracy (2x reduction)",
+    "Consider mixed precision for critical layers",
+    "Use parallel downloads (4-8 connections)",
+    "Enable HTTP/2 if available",
+    "Consider local cache proxy for multiple users",
+    "Symptoms: High disk I/O, slow inference",
+    "Increase `max_cache_size_gb`",
+    "Check cache directory has sufficient disk space",
+    "Verify LRU eviction is working (check logs)",
+    "Symptoms: Slow layer loading despite caching",
+    "Check disk health (`smartctl`)",
+    "Move cache to faster drive (NVMe > SSD > HDD)",
+    "Enable quantization for smaller files",
+    "Symptoms: System swapping, OOM errors",
+    "Reduce `max_memory_cache_size_gb`",
+    "Use smaller `prefetch_lookahead`",
+    "Disable in-memory caching entirely",
+    "Tiered Storage: Automatic migration between NVMe/SSD/HDD",
+    "Compression: Layer-wise compression for network transfer",
+    "Predictive Prefetching: ML-based prediction of layer access patterns",
+    "Distributed Caching: Shared cache across multiple GPUs/nodes",
+    "Direct Storage: GPU Direct Storage (GDS) for zero-copy loading",
+]

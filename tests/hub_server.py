@@ -37,6 +37,8 @@ class HubServer:
         self.ranges: list[tuple[str, int, int]] = []  # what was asked for: file, first, end
         # Called before a range is answered, from the thread that does: may wait.
         self.before: Callable[[str, int, int], None] = lambda file, first, end: None
+        # Asked afterwards: whether the answer is 404.
+        self.refuses: Callable[[str, int, int], bool] = lambda file, first, end: False
         self._lock = threading.Lock()
         hub = self
 
@@ -101,6 +103,8 @@ class HubServer:
         with self._lock:
             self.ranges.append((file, first, last + 1))
         self.before(file, first, last + 1)
+        if self.refuses(file, first, last + 1):
+            return self._send(request, 404, b"", {})
         headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
         return self._send(request, 206, data[first : last + 1], headers, file)
 

@@ -4,24 +4,23 @@ first comes first, and what turns out wrong is not used further.
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from transformers import LlamaForCausalLM
 
 import nexus_ext as nexus
 from nexus_ext import hub as hub_module
 from nexus_ext import pretrained
+from nexus_ext.arriving import Inbound
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.demo import make_llama
 from nexus_ext.engine import Engine, ReadMode
@@ -32,19 +31,26 @@ from nexus_ext.errors import (
     ContentMismatch,
     EngineClosed,
     EngineError,
+    NexusError,
     SourceMissing,
     SourceUnavailable,
 )
 from nexus_ext.pretrained import plan_pretrained
+from tests.arrivals import (
+    GENEROUS_SECONDS,
+    NAME,
+    PROMPT,
+    SMALL,
+    Dam,
+    logits_of,
+    meets,
+    serve,
+    spans_of,
+    wait_for_arrivals,
+)
 from tests.hub_server import COMMIT, HubServer
 
-NAME = "org/tiny"
 TINY = {"num_blocks": 6, "hidden": 64, "intermediate": 96, "vocabulary": 128}
-PROMPT = torch.tensor([[1, 5, 9, 2]])
-# Blocks of 4 KiB, four requests at a time: a group is many of them.
-BLOCK_BYTES = 4096
-SMALL = {"max_connections": 4, "chunk_bytes": 4 * BLOCK_BYTES}
-GENEROUS_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
@@ -70,76 +76,10 @@ def budget(llama: Path) -> int:
     return plan_pretrained(llama).minimum_bytes
 
 
-def serve(
-    files: dict[str, bytes], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[HubServer]:
-    server = HubServer(NAME, files)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
-    monkeypatch.setattr(pretrained, "arrive", functools.partial(hub_module.arrive, **SMALL))
-    yield server
-    server.before = lambda file, first, end: None
-    server.close()
-    wait_for_arrivals()
-
-
 @pytest.fixture
 def hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     files = {file.name: file.read_bytes() for file in llama.iterdir()}
     yield from serve(files, tmp_path, monkeypatch)
-
-
-def wait_for_arrivals() -> None:
-    """Until nothing is on its way any more, and nobody hashes or holds a part."""
-    for thread in threading.enumerate():
-        if thread.name == "nexus-arrival" or thread.name.startswith("nexus-download"):
-            thread.join(GENEROUS_SECONDS)
-            assert not thread.is_alive()
-
-
-def logits_of(model: torch.nn.Module, prompt: torch.Tensor = PROMPT) -> torch.Tensor:
-    with torch.inference_mode():
-        logits: torch.Tensor = model(prompt).logits
-    return logits
-
-
-def spans_of(llama: Path, prefix: str) -> list[tuple[str, int, int]]:
-    """(file, first, end) of all tensors whose names begin so, as far as they fill blocks that hold
-    nothing else.
-    """
-    checkpoint = Checkpoint.open(llama)
-    found = [
-        (
-            checkpoint.files[entry.file].path.name,
-            -(-entry.offset // BLOCK_BYTES) * BLOCK_BYTES,
-            (entry.offset + entry.nbytes) // BLOCK_BYTES * BLOCK_BYTES,
-        )
-        for entry in checkpoint.entries.values()
-        if entry.name.startswith(prefix)
-    ]
-    return [(file, first, end) for file, first, end in found if first < end]
-
-
-def meets(one: tuple[str, int, int], others: list[tuple[str, int, int]]) -> bool:
-    file, first, end = one
-    return any(file == name and first < stop and start < end for name, start, stop in others)
-
-
-class Dam:
-    """Holds every answer that meets some bytes, until it is opened."""
-
-    def __init__(self, hub: HubServer, spans: list[tuple[str, int, int]]) -> None:
-        self.is_open = threading.Event()
-        self.is_reached = threading.Event()
-        self._spans = spans
-        hub.before = self._before
-
-    def _before(self, file: str, first: int, end: int) -> None:
-        if meets((file, first, end), self._spans):
-            self.is_reached.set()
-            assert self.is_open.wait(GENEROUS_SECONDS)
 
 
 def later_data(llama: Path, num_first: int) -> list[tuple[str, int, int]]:
@@ -397,14 +337,97 @@ def test_rows_wait_for_their_bytes(hub: HubServer, llama: Path) -> None:
         assert torch.equal(future.result(GENEROUS_SECONDS), want)
 
 
-def test_a_packed_model_is_fetched_whole_first(hub: HubServer, llama: Path, tmp_path: Path) -> None:
-    nexus.convert(llama, tmp_path / "packed", "nf4")
-    with nexus.from_pretrained(tmp_path / "packed") as model:
-        want = logits_of(model)
-    hub.files = {file.name: file.read_bytes() for file in (tmp_path / "packed").iterdir()}
-    with nexus.from_pretrained(NAME) as model:
-        assert not nexus.stats(model).is_arriving
-        assert torch.equal(logits_of(model), want)
+class Told:
+    """A gate that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.announced: set[tuple[int, int, int]] = set()
+        self.settled: dict[int, int] = {}
+        self.errors: list[NexusError] = []
+        self.has_news = threading.Event()
+
+    def announce(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        self.announced |= set(spans)
+        self.has_news.set()
+
+    def settle(self, file: int, mtime_ns: int) -> None:
+        self.settled[file] = mtime_ns
+
+    def end_arrival(self, error: NexusError) -> None:
+        self.errors.append(error)
+
+    def refuse(self, error: NexusError) -> None:
+        self.errors.append(error)
+
+
+def begin() -> Inbound:
+    source = hub_module.arrive(NAME, **SMALL)  # type: ignore[arg-type]
+    assert isinstance(source, Inbound)
+    source.open()
+    return source
+
+
+def test_a_gate_that_joins_late_is_told_what_it_missed(hub: HubServer, llama: Path) -> None:
+    source = begin()
+    early, late = Told(), Told()
+    source.feed(early, [])
+    source.wait()
+    assert not source.is_arriving
+    source.join(late)
+    sizes = [file.stamp.size for file in Checkpoint.open(llama).files]
+    assert late.announced == {(number, 0, size) for number, size in enumerate(sizes)}
+    assert late.settled == early.settled
+    assert len(late.settled) == len(sizes)
+    # Its files can still be opened, whatever stands at their paths.
+    assert [os.fstat(descriptor).st_size for descriptor in source.descriptors] == sizes
+    source.close()
+    assert not source.descriptors
+
+
+def test_a_gate_that_joins_after_a_wrong_digest_is_refused(hub: HubServer) -> None:
+    name = max(name for name in hub.files if name.endswith(".safetensors"))
+    lie = bytearray(hub.files[name])
+    lie[-1] ^= 1
+    hub.lies[name] = bytes(lie)
+    source = begin()
+    early, late = Told(), Told()
+    source.feed(early, [])
+    with pytest.raises(ContentMismatch):
+        source.wait()
+    source.join(late)
+    assert early.errors == late.errors
+    assert [type(error) for error in late.errors] == [ContentMismatch]
+    source.close()
+
+
+def test_gates_hear_the_same_from_the_moment_they_join(hub: HubServer, llama: Path) -> None:
+    dam = Dam(hub, later_data(llama, TINY["num_blocks"] - 1)[:1])
+    source = begin()
+    early, late = Told(), Told()
+    source.feed(early, [])
+    assert early.has_news.wait(GENEROUS_SECONDS)
+    source.join(late)
+    dam.is_open.set()
+    source.wait()
+    assert late.settled == early.settled
+    sizes = [file.stamp.size for file in Checkpoint.open(llama).files]
+    whole = {(number, 0, size) for number, size in enumerate(sizes)}
+    assert whole <= late.announced
+    assert whole <= early.announced
+    source.close()
+
+
+def test_options_that_need_all_of_it_are_refused_for_what_is_on_its_way(hub: HubServer) -> None:
+    source = begin_source()
+    with pytest.raises(ConfigError, match="nexus fetch"):
+        nexus.from_pretrained(source, io="mmap")
+    source.close()
+
+
+def begin_source() -> Inbound:
+    source = pretrained.source_of(NAME)
+    assert isinstance(source, Inbound)
+    return source
 
 
 def test_what_was_begun_ends_with_an_error(hub: HubServer, want: torch.Tensor, budget: int) -> None:

@@ -17,6 +17,7 @@ from nexus_ext.cache import compression as module
 from nexus_ext.cache.compression import compress, decide, decompress_into, require_zstd
 from nexus_ext.cache.level import PackedEntry
 from nexus_ext.errors import CorruptCheckpoint, MissingExtra
+from tests.conftest import RecordCount
 
 MIB = 1 << 20
 
@@ -84,7 +85,7 @@ def test_a_frame_that_wants_much_memory_is_refused() -> None:
         decompress_into([frame], out, sha256(b"x" * 1000).hexdigest(), "it")
 
 
-def test_a_cut_frame_and_every_flip_are_refused() -> None:
+def test_a_cut_frame_and_every_flip_are_refused(record_count: RecordCount) -> None:
     data = soft(3000)
     packed = compress([data]).numpy().tobytes()
     out = torch.empty(3000, dtype=torch.uint8)
@@ -102,7 +103,8 @@ def test_a_cut_frame_and_every_flip_are_refused() -> None:
         else:
             num_same += 1
             assert torch.equal(out, data), "other bytes were let through"
-    print(f"{num_refused} flips refused, {num_same} changed nothing")
+    outcomes = {"refused": num_refused, "changed nothing": num_same}
+    record_count("flips of compressed layers", len(packed), outcomes)
     assert num_refused > 0.95 * len(packed)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import RecordCount
+
 CHILDREN = Path(__file__).parent / "cache_children.py"
 NUM_CYCLES = 200
 
@@ -18,8 +20,8 @@ Run = Callable[..., dict[str, int]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Run:
-    """Runs the program; its counts are in the log of the tests too."""
+def run() -> Run:
+    """Runs the program; what it printed is in the log of a test that fails."""
 
     def start(*args: object) -> dict[str, int]:
         done = subprocess.run(
@@ -31,28 +33,31 @@ def run(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> R
         )
         assert done.returncode == 0, done.stderr[-3000:]
         counts: dict[str, int] = json.loads(done.stdout)
-        with capsys.disabled():
-            print(f"\n{request.node.name}: {counts}")
-        print(done.stderr[-3000:])
+        print(counts, done.stderr[-3000:])
         return counts
 
     return start
 
 
-def test_who_is_killed_loses_nothing_that_was_acknowledged(run: Run, tmp_path: Path) -> None:
-    check(run("kills", tmp_path, NUM_CYCLES, 17))
+def test_who_is_killed_loses_nothing_that_was_acknowledged(
+    run: Run, tmp_path: Path, record_count: RecordCount
+) -> None:
+    check(run("kills", tmp_path, NUM_CYCLES, 17), record_count, "the cache")
 
 
 def test_who_is_killed_while_entries_move_and_are_fetched_loses_nothing(
-    run: Run, tmp_path: Path
+    run: Run, tmp_path: Path, record_count: RecordCount
 ) -> None:
     counts = run("kill-tiers", tmp_path, NUM_CYCLES, 23)
-    check(counts)
+    check(counts, record_count, "tiers over a shared store")
     assert counts["over budget"] == counts["dropped"] == 0
     assert counts["fetched"] > 0
 
 
-def check(counts: dict[str, int]) -> None:
+def check(counts: dict[str, int], record_count: RecordCount, whom: str) -> None:
+    told = ("killed", "checked", "unfinished", "lost", "torn", "corrupt", "temporaries")
+    outcomes = {name: counts.get(name, 0) for name in told}
+    record_count(f"kill -9 cycles of {whom}", counts["cycles"], outcomes)
     assert counts["cycles"] == NUM_CYCLES
     assert counts["checked"] > NUM_CYCLES
     # Some died while they wrote: else nothing was tried.
@@ -71,8 +76,12 @@ def check(counts: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("num_processes", [2, 8])
-def test_processes_share_the_same_keys(run: Run, tmp_path: Path, num_processes: int) -> None:
+def test_processes_share_the_same_keys(
+    run: Run, tmp_path: Path, num_processes: int, record_count: RecordCount
+) -> None:
     counts = run("together", tmp_path / "cache", num_processes, 480 // num_processes, 5)
+    outcomes = {name: counts.get(name, 0) for name in ("bad", "wrong", "over budget")}
+    record_count("processes on the same keys of the cache", counts["exit 0"], outcomes)
     assert counts["exit 0"] == num_processes
     assert counts["bad"] == counts["wrong"] == counts["over budget"] == 0
     assert counts["blobs"] > 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,14 @@ from nexus_ext.cache import DiskTier
 from nexus_ext.cache.blob import BLOCK_BYTES, Header, open_blob, read_header, tensors_of, write_blob
 from nexus_ext.cache.reading import BlockMode, read_payload
 from nexus_ext.errors import CorruptCheckpoint
+from tests.conftest import RecordCount
 
 PAGE = 4096
 # Two blocks, the second one neither whole nor whole pages.
 NBYTES = BLOCK_BYTES + 5000
 NUM_PAYLOAD_FLIPS = 1500
 NUM_HEALED = 60
+FACT = "bit flips and truncations of cache files"
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +44,6 @@ def blob(tmp_path: Path, payload: torch.Tensor) -> Iterator[int]:
     os.close(descriptor)
 
 
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    def print_it(text: str) -> None:
-        with capsys.disabled():
-            print(f"\n{text}")
-
-    return print_it
-
-
 def flip(descriptor: int, at: int, bit: int) -> None:
     value = os.pread(descriptor, 1, at)[0]
     os.pwrite(descriptor, bytes([value ^ 1 << bit]), at)
@@ -68,37 +61,41 @@ def is_found(descriptor: int, payload: torch.Tensor) -> bool:
 
 
 def test_every_bit_of_a_header_is_guarded(
-    blob: int, payload: torch.Tensor, say: Callable[[str], None]
+    blob: int, payload: torch.Tensor, record_count: RecordCount
 ) -> None:
     header_nbytes = read_header(blob, "blob").header_nbytes
+    num_caught = 0
     for at in range(header_nbytes):
         for bit in range(8):
             flip(blob, at, bit)
             with pytest.raises(CorruptCheckpoint):
                 read_header(blob, "blob")
+            num_caught += 1
             flip(blob, at, bit)
     assert not is_found(blob, payload)
-    say(f"headers: {8 * header_nbytes} flips, all found")
+    record_count(FACT, 8 * header_nbytes, {"caught": num_caught})
 
 
 def test_bits_of_a_payload_are_guarded(
-    blob: int, payload: torch.Tensor, say: Callable[[str], None]
+    blob: int, payload: torch.Tensor, record_count: RecordCount
 ) -> None:
     begin = read_header(blob, "blob").header_nbytes
     draw = random.Random(0)
     edges = [0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + PAGE - 1, NBYTES - 1]
     places = edges + [draw.randrange(NBYTES) for _ in range(NUM_PAYLOAD_FLIPS - len(edges))]
+    num_caught = 0
     for at in places:
         bit = draw.randrange(8)
         flip(blob, begin + at, bit)
         assert is_found(blob, payload), (at, bit)
+        num_caught += 1
         flip(blob, begin + at, bit)
     assert not is_found(blob, payload)
-    say(f"payloads: {len(places)} flips, all found")
+    record_count(FACT, len(places), {"caught": num_caught})
 
 
 def test_every_other_length_is_refused(
-    tmp_path: Path, payload: torch.Tensor, say: Callable[[str], None]
+    tmp_path: Path, payload: torch.Tensor, record_count: RecordCount
 ) -> None:
     data = payload[:5000].clone()
     header = Header.of("key", "layer", {}, 1, [data])
@@ -119,11 +116,11 @@ def test_every_other_length_is_refused(
             if nbytes < len(whole):
                 continue
             os.pwrite(file.fileno(), whole, 0)
-    say(f"lengths: {num_cuts} others, all refused")
+    record_count(FACT, len(whole) + 4096, {"caught": num_cuts})
 
 
 def test_cut_files_that_grow_again_are_refused(
-    tmp_path: Path, payload: torch.Tensor, say: Callable[[str], None]
+    tmp_path: Path, payload: torch.Tensor, record_count: RecordCount
 ) -> None:
     """As a file system leaves them that lost the last pages of a file: zeros at the end."""
     path = tmp_path / "ab" / "blob.nx"
@@ -131,19 +128,23 @@ def test_cut_files_that_grow_again_are_refused(
     write_blob(path, path.with_name("t"), header, [payload], 0o600)
     whole = path.read_bytes()
     draw = random.Random(1)
+    num_tails = num_caught = 0
     for number in range(200):
         kept = draw.randrange(len(whole)) if number % 2 else draw.randrange(3 * PAGE)
         os.truncate(path, kept)
         os.truncate(path, len(whole))
         descriptor = open_blob(path)
-        assert is_found(descriptor, payload) or whole[kept:].strip(b"\x00") == b""
+        is_zeros = whole[kept:].strip(b"\x00") == b""
+        num_tails += not is_zeros
+        num_caught += (found := is_found(descriptor, payload))
+        assert found or is_zeros
         os.close(descriptor)
         path.write_bytes(whole)
-    say("tails of zeros: 200, all found")
+    record_count("cache files that lost their last pages", num_tails, {"caught": num_caught})
 
 
 def test_what_is_found_is_healed(
-    tmp_path: Path, payload: torch.Tensor, say: Callable[[str], None]
+    tmp_path: Path, payload: torch.Tensor, record_count: RecordCount
 ) -> None:
     """Through the whole tier: a miss, the blob set aside, and the next put serves again."""
     draw = random.Random(2)
@@ -165,4 +166,4 @@ def test_what_is_found_is_healed(
         assert tier.stats().corruptions == NUM_HEALED
         assert tier.put("key", [payload]) is not None
         assert torch.equal(tier.load("key"), payload)
-    say(f"tier: {dict(counts)}, all healed")
+    record_count("damaged entries of a tier", NUM_HEALED, {"served": 0, **counts})

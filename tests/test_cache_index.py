@@ -18,6 +18,7 @@ import torch
 from nexus_ext.cache import DiskTier, index_file
 from nexus_ext.cache.blob import Header, tensors_of, write_blob
 from nexus_ext.cache.index import Index, Row
+from tests.conftest import RecordCount
 
 PAGE = 4096
 NUM_KEYS = 12
@@ -189,7 +190,7 @@ def damaged(folder: Path, filled: Path, content: bytes) -> Counter[str]:
 
 
 def test_no_flip_and_no_cut_of_the_index_gives_a_wrong_byte(
-    quick_folder: Path, filled: Path, capsys: pytest.CaptureFixture[str]
+    quick_folder: Path, filled: Path, record_count: RecordCount
 ) -> None:
     content = index_of(filled).read_bytes()
     draw = random.Random(0)
@@ -201,8 +202,7 @@ def test_no_flip_and_no_cut_of_the_index_gives_a_wrong_byte(
         counts.update(damaged(quick_folder, filled, bytes(torn)))
     for _ in range(NUM_CUTS):
         counts.update(damaged(quick_folder, filled, content[: draw.randrange(len(content))]))
-    with capsys.disabled():
-        print(f"\nindex: {NUM_FLIPS} flips, {NUM_CUTS} cuts: {dict(counts)}")
+    record_count("flips and cuts of the cache's index", NUM_FLIPS + NUM_CUTS, counts)
     assert counts["right"] + counts["missing"] == (NUM_FLIPS + NUM_CUTS) * NUM_KEYS
     assert counts["rebuilt"] >= NUM_CUTS
     assert counts["right"] > counts["missing"]

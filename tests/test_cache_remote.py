@@ -20,6 +20,7 @@ from nexus_ext.cache import RemoteStore, Tier, TieredStore
 from nexus_ext.cache.remote_files import PIECE_BYTES, shown
 from nexus_ext.cache.remote_object import HEAD_NBYTES, Head, Note
 from nexus_ext.errors import ConfigError, CorruptCheckpoint, MissingExtra
+from tests.conftest import RecordCount
 
 MIB = 1 << 20
 # By protocol; the package hides its module of that name behind a read-only view.
@@ -124,7 +125,9 @@ def test_a_link_that_is_faster_than_the_compressor_gets_plain_bytes(url: str) ->
 
 
 @pytest.mark.parametrize("compress", ["off", "on"])
-def test_a_flip_or_a_cut_anywhere_is_refused_and_counted(url: str, compress: str) -> None:
+def test_a_flip_or_a_cut_anywhere_is_refused_and_counted(
+    url: str, compress: str, record_count: RecordCount
+) -> None:
     data = noise(500) & 0x0F
     writer = RemoteStore(url, compress=compress)  # type: ignore[arg-type]
     assert writer.publish("key", [data]) is not None
@@ -145,7 +148,8 @@ def test_a_flip_or_a_cut_anywhere_is_refused_and_counted(url: str, compress: str
         fetched = store.fetch("key")
         assert fetched is None or torch.equal(fetched[1], data)
     stats = store.stats()
-    print(f"{num_refused} of {len(changed)} changed objects refused")
+    outcomes = {"refused": num_refused, "changed nothing": len(changed) - num_refused}
+    record_count("flips and cuts of objects in a shared store", len(changed), outcomes)
     assert num_refused > 0.95 * len(changed)
     assert stats.refused_corrupt + stats.refused_too_large + stats.hits == 2 * len(changed)
     fs.pipe_file(path, good)

@@ -149,7 +149,7 @@ def test_a_function_without_rules_is_the_identity() -> None:
     assert Conversion().sources("any.name") == ["any.name"]
 
 
-@pytest.mark.parametrize("number", ["7" * 5000, "²", "٣", "-1", "0x1"])
+@pytest.mark.parametrize("number", ["7" * 4000, "²", "٣", "-1", "0x1"])
 def test_strange_numbers_in_names_are_words(llama: Path, tmp_path: Path, number: str) -> None:
     tensors = load_file(llama / "model.safetensors") | {f"other.{number}.x": torch.zeros(1)}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -245,17 +245,17 @@ def test_a_plan_is_made_of_what_is_no_expert(tmp_path: Path, family: str, form: 
 def test_tensors_of_experts_are_not_reported_as_unused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from nexus_ext.pretrained import _renaming, _report_unused
+    from nexus_ext.pretrained import _report_unused, renaming
 
     tensors = tensors_of(write_moe(make_moe("Mixtral"), tmp_path, "saved"))
     checkpoint, model, _ = opened(tmp_path)
     with caplog.at_level(logging.INFO, "nexus_ext"):
-        _report_unused(model, checkpoint, _renaming(model, checkpoint))
+        _report_unused(model, checkpoint, renaming(model, checkpoint))
     assert not caplog.messages
     write_tensors(tmp_path, tensors | {"model.other": torch.zeros(1)})
     checkpoint, model, _ = opened(tmp_path)
     with caplog.at_level(logging.INFO, "nexus_ext"):
-        _report_unused(model, checkpoint, _renaming(model, checkpoint))
+        _report_unused(model, checkpoint, renaming(model, checkpoint))
     [message] = caplog.messages
     assert "no use for 1 tensors: ['model.other']" in message
 

@@ -24,6 +24,7 @@ from http_server import Act, Asked, Server, pattern
 import nexus_ext
 from nexus_ext import errors
 from nexus_ext.download import Download, Downloader, patience
+from tests.conftest import RecordCount
 
 PATIENCE_SECONDS = 120
 NUM_NETWORKS = 2000
@@ -93,7 +94,7 @@ class Networks:
 
 
 def test_two_thousand_bad_networks_give_the_right_file_or_a_typed_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_count: RecordCount
 ) -> None:
     monkeypatch.setattr(patience, "_FIRST_SECONDS", 0.0005)
     monkeypatch.setattr(patience, "_MOST_SECONDS", 0.002)
@@ -112,7 +113,7 @@ def test_two_thousand_bad_networks_give_the_right_file_or_a_typed_error(
                 runs.append(loader.start(Download(server.url, path, None, digest, headers)))
             for seed, run in enumerate(runs, first):
                 outcomes[outcome(run, tmp_path / str(seed))] += 1
-    print(f"{outcomes.total()} bad networks: {dict(outcomes)}")
+    record_count("bad networks of downloads", outcomes.total(), outcomes)
     assert outcomes.total() == NUM_NETWORKS
     assert outcomes["right"] >= NUM_NETWORKS // 10
     assert len(outcomes) >= 5
@@ -205,7 +206,9 @@ class Countdown:
         return None
 
 
-def test_a_kill_costs_a_chunk_at_most(tmp_path: Path, nursery: Nursery) -> None:
+def test_a_kill_costs_a_chunk_at_most(
+    tmp_path: Path, nursery: Nursery, record_count: RecordCount
+) -> None:
     rng = random.Random(1)
     countdown = Countdown()
     kills = rounds = 0
@@ -231,7 +234,7 @@ def test_a_kill_costs_a_chunk_at_most(tmp_path: Path, nursery: Nursery) -> None:
             assert set(os.listdir(tmp_path)) == {f"file{n + 1}" for n in range(rounds)}
             served = server.sent - sent_before
             assert served <= len(LARGE) + (kills - kills_before) * 4 * BLOCK
-    print(f"{kills} kills in {rounds} files")
+    record_count("download kills", kills, {"files that were right in the end": rounds})
 
 
 @pytest.mark.parametrize("flock", [True, False])

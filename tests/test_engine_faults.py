@@ -24,6 +24,7 @@ from nexus_ext.errors import (
     ReadError,
     TruncatedCheckpoint,
 )
+from tests.conftest import RecordCount
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -97,7 +98,9 @@ def num_injected(stats: dict[str, Any]) -> collections.Counter[str]:
 
 
 @pytest.mark.timeout(200)
-def test_ten_thousand_faults_give_right_bytes_or_typed_errors(lab: Any) -> None:
+def test_ten_thousand_faults_give_right_bytes_or_typed_errors(
+    lab: Any, record_count: RecordCount
+) -> None:
     seen: collections.Counter[str] = collections.Counter()
     injected: collections.Counter[str] = collections.Counter()
     source = lab.source(4_100_000)
@@ -120,7 +123,8 @@ def test_ten_thousand_faults_give_right_bytes_or_typed_errors(lab: Any) -> None:
         assert stats["num_retries"] > 0
         assert stats["num_short_reads"] > 0
         assert stats["num_healed"] > 0
-    print(f"\n{injected.total()} faults: {dict(injected)}\n{dict(seen)}")
+    outcomes = {"wrong bytes": 0, **seen}
+    record_count("faults of the disk under the engine", injected.total(), outcomes)
     assert injected.total() >= 10_000
     assert all(
         injected[f"num_injected_{kind}"] > 0

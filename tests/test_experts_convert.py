@@ -362,11 +362,11 @@ def test_a_shard_has_whole_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_an_interrupted_conversion_of_experts_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nexus_ext.quant import convert as convert_module
+    from nexus_ext.quant import shards
 
     write_moe(make_moe("Mixtral"), tmp_path / "plain", "saved")
     nexus.convert(tmp_path / "plain", tmp_path / "whole")
-    write = convert_module.write_safetensors
+    write = shards.write_safetensors
 
     def fail_last(path: Path, tensors: Any) -> None:
         if "00005" in path.name:
@@ -374,7 +374,7 @@ def test_an_interrupted_conversion_of_experts_goes_on(
         write(path, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_module, "write_safetensors", fail_last)
+        patch.setattr(shards, "write_safetensors", fail_last)
         with pytest.raises(nexus.NexusError, match="No space left"):
             nexus.convert(tmp_path / "plain", tmp_path / "packed")
     nexus.convert(tmp_path / "plain", tmp_path / "packed")

@@ -29,6 +29,7 @@ from nexus_ext.errors import (
     TruncatedCheckpoint,
 )
 from nexus_ext.pretrained import build_empty
+from tests.conftest import RecordCount
 from tests.expert_subjects import (
     MODES,
     PROMPT,
@@ -74,7 +75,9 @@ TYPED = (ReadError, CorruptCheckpoint)
 
 
 @pytest.mark.timeout(200)
-def test_thousands_of_faults_give_the_right_logits_or_typed_errors(qwen: Subject) -> None:
+def test_thousands_of_faults_give_the_right_logits_or_typed_errors(
+    qwen: Subject, record_count: RecordCount
+) -> None:
     """Decoding through few slots, prefills through as few, in every mode."""
     injected: collections.Counter[str] = collections.Counter()
     told: list[str] = []
@@ -104,7 +107,7 @@ def test_thousands_of_faults_give_the_right_logits_or_typed_errors(qwen: Subject
         assert report["num_healed"] > 0
         assert nexus.stats(qwen.model).experts.num_failed > 0
         nexus.close(qwen.model)
-    print(f"\n{injected.total()} faults: {dict(injected)}\n{dict(seen)}")
+    record_count("faults of the disk under experts", injected.total(), seen)
     assert injected.total() >= 4 * FAULTS_PER_MODE
     assert all(
         injected[f"num_injected_{kind}"] > 0

@@ -5,9 +5,11 @@ Two texts are changed: the package's name, and a mount point of another machine.
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import http.server
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from nexus_ext.demo import make_llama
 from nexus_ext.quant import NF4Config
 from nexus_ext.sli import IOOptimizer, LayerCache, ParallelDownloader, download_from_hub
 from nexus_ext.sli.presets import PRESETS
-from tests.guide_snippets import SNIPPETS
+from tests.guide_snippets import CLAIMS, SNIPPETS
 
 NUM_LAYERS = 6
 GB = 10**9
@@ -306,3 +308,47 @@ def test_monitoring_prints_what_happened(
         ratio,
         ratio > 0.85,
     )
+
+
+# -- docs/guide.md ---------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+ROWS = [
+    tuple(cell.strip() for cell in line.strip("|").split(" | "))
+    for line in (ROOT / "docs/guide.md").read_text().splitlines()
+    if line.startswith("| ") and not line.startswith("| the guide says")
+]
+QUOTED = re.compile(r"`([^`]+)`")
+
+
+@functools.cache
+def functions_of(stem: str) -> set[str]:
+    tree = ast.parse((ROOT / f"tests/{stem}.py").read_text())
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+@functools.cache
+def words_of_the_package() -> set[str]:
+    sources = (path.read_text() for path in (ROOT / "nexus_ext").rglob("*.py"))
+    return {word for text in sources for word in re.findall(r"\w+", text)}
+
+
+def test_every_statement_of_the_guide_has_its_row() -> None:
+    assert [row[0].strip("| ") for row in ROWS] == CLAIMS
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0][:40])
+def test_a_row_names_what_there_is(row: tuple[str, ...]) -> None:
+    said, here, seen = row[0], row[1], row[2].strip("| ")
+    assert seen or "not measured" in here.lower(), f"nobody has seen that {said!r}"
+    assert QUOTED.sub("", seen).strip(", ") == ""
+    for name in QUOTED.findall(seen):
+        if name.startswith("bench_"):
+            assert (ROOT / "benchmarks" / name).is_file(), name
+            continue
+        stem, _, function = name.partition("::")
+        assert (ROOT / f"tests/{stem}.py").is_file(), name
+        assert not function or function in functions_of(stem), name
+    for name in QUOTED.findall(here):
+        words = {word for word in re.findall(r"\w+", name) if not word.isdigit()}
+        assert words <= words_of_the_package(), name

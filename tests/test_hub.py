@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import nexus_ext as nexus
+from nexus_ext import pretrained
+from nexus_ext.cache import DiskTier
 from nexus_ext.cli import app
 from nexus_ext.demo import make_llama
 from nexus_ext.errors import (
@@ -26,9 +30,11 @@ from nexus_ext.errors import (
     SourceUnavailable,
 )
 from nexus_ext.hub import fetch, locate
+from nexus_ext.pretrained import plan_pretrained
 from tests.hub_server import COMMIT, HubServer
 
 NAME = "org/tiny"
+PATIENCE_SECONDS = 60
 TINY = {"num_blocks": 3, "hidden": 64, "intermediate": 96, "vocabulary": 128}
 PROMPT = torch.tensor([[1, 5, 9, 2]])
 
@@ -60,12 +66,21 @@ def weights(hub: HubServer) -> int:
     return len(hub.files["model.safetensors"])
 
 
+def until_it_is_here(model: Any) -> None:
+    """All bytes may have been used before the last digest was compared."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while nexus.stats(model).is_arriving:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_hub_id_streams_and_the_bytes_come_once(hub: HubServer, llama: Path) -> None:
     with nexus.from_pretrained(llama) as model, torch.inference_mode():
         want = model(PROMPT).logits
     for _ in range(2):
         with nexus.from_pretrained(NAME) as model, torch.inference_mode():
             assert torch.equal(model(PROMPT).logits, want)
+            until_it_is_here(model)
     assert hub.sent["model.safetensors"] == weights(hub)
     assert hub.asked["info"] == 1, "a model that was fetched is not asked for again"
 
@@ -240,14 +255,61 @@ def test_nexus_fetch_says_where_it_lies(hub: HubServer, tmp_path: Path) -> None:
     assert report["bytes_received"] == report["nbytes"]
 
 
+def test_nexus_run_streams_while_it_downloads(hub: HubServer, llama: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    asked = ["--prompt", "w1 w2", "--max-new-tokens", "4", "--json", str(report)]
+    local = CliRunner().invoke(app, ["run", str(llama), *asked], catch_exceptions=False)
+    budget = str(plan_pretrained(llama).minimum_bytes)
+    asked += ["--budget", budget]
+    first = CliRunner().invoke(app, ["run", NAME, *asked], catch_exceptions=False)
+    assert (first.exit_code, first.stdout) == (0, local.stdout), first.output
+    stats = json.loads(report.read_text())["stats"]
+    # As it came, and not before; and all of it is here and right when the command ends.
+    assert stats["network_bytes"] > weights(hub)
+    assert not stats["is_arriving"]
+    hub.close()
+    second = CliRunner().invoke(app, ["run", NAME, *asked], catch_exceptions=False)
+    assert (second.exit_code, second.stdout) == (0, local.stdout)
+    assert json.loads(report.read_text())["stats"]["network_bytes"] == 0
+
+
+def test_nexus_run_fails_where_the_model_turns_out_wrong(hub: HubServer) -> None:
+    lie = bytearray(hub.files["model.safetensors"])
+    lie[-1] ^= 1
+    hub.lies["model.safetensors"] = bytes(lie)
+    asked = ["run", NAME, "--prompt", "w1 w2", "--max-new-tokens", "4"]
+    with pytest.raises(ContentMismatch, match="SHA-256"):
+        CliRunner().invoke(app, asked, catch_exceptions=False)
+
+
+def test_nexus_plan_fetches_headers_alone(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "_HEADERS_CHUNK", "32KiB")  # requests are 4 KiB
+    asked = ["plan", NAME, "--budget", "1MiB", "--json", str(tmp_path / "plan.json")]
+    result = CliRunner().invoke(app, asked, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    sent = hub.sent["model.safetensors"]
+    length = int.from_bytes(hub.files["model.safetensors"][:8], "little")
+    assert 0 < sent <= length + 8 + (4 << 10) < weights(hub) / 4
+    local = plan_pretrained(locate(NAME), budget="1MiB")  # what came is kept
+    assert hub.sent["model.safetensors"] == weights(hub)
+    planned = json.loads((tmp_path / "plan.json").read_text())
+    assert planned["group_bytes"] == list(local.group_bytes)
+    assert planned["resident"] == list(local.resident)
+
+
 def test_a_second_run_fetches_nothing_and_converts_nothing(
-    hub: HubServer, nexus_home: Path, tmp_path: Path
+    hub: HubServer, nexus_home: Path, record_count: Callable[..., None]
 ) -> None:
     asked = ["run", NAME, "--prompt", "w1 w2", "--weights", "nf4", "--max-new-tokens", "4"]
     first = CliRunner().invoke(app, asked, catch_exceptions=False)
     assert first.exit_code == 0, first.output
     [packed] = (nexus_home / "converted").glob("*/*.index.json")
     made = {file: file.stat().st_mtime_ns for file in packed.parent.iterdir()}
+    with DiskTier(nexus_home / "cache", "1GB") as cache:
+        shards = {entry.key: entry.created_seconds for entry in cache.entries()}
+        written = cache.totals()["puts"]
     counts = dict(hub.asked)
     hub.close()
     second = CliRunner().invoke(app, asked, catch_exceptions=False)
@@ -255,3 +317,52 @@ def test_a_second_run_fetches_nothing_and_converts_nothing(
     assert second.stdout == first.stdout
     assert dict(hub.asked) == counts
     assert {file: file.stat().st_mtime_ns for file in packed.parent.iterdir()} == made
+    with DiskTier(nexus_home / "cache", "1GB") as cache:
+        assert {entry.key: entry.created_seconds for entry in cache.entries()} == shards
+        assert cache.totals()["puts"] == written == len(shards)
+    record_count("second runs of a fetched, packed model: bytes from the network, shards packed", 0)
+
+
+def test_a_node_with_a_store_fetches_what_another_one_packed(
+    hub: HubServer,
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_count: Callable[..., None],
+) -> None:
+    monkeypatch.setenv("NEXUS_STORE", f"file://{tmp_path}/store")
+    answers, sent = [], []
+    for node in ("a", "b"):
+        monkeypatch.setenv("NEXUS_HOME", str(tmp_path / node / "home"))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / node / "hub"))
+        before = hub.sent["model.safetensors"]
+        with nexus.from_pretrained(NAME, weights="nf4") as model, torch.inference_mode():
+            answers.append(model(PROMPT).logits)
+        sent.append(hub.sent["model.safetensors"] - before)
+    assert torch.equal(*answers)
+    assert sent == [weights(hub), 0]
+    record_count("weights that the first of two nodes got from the hub, bytes", sent[0])
+    record_count("weights that the second got from the hub, bytes", sent[1])
+    # What the store has lost is packed again, of the original.
+    monkeypatch.setenv("NEXUS_HOME", str(tmp_path / "c" / "home"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "c" / "hub"))
+    stored = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
+    max(stored, key=lambda path: path.stat().st_size).unlink()
+    with nexus.from_pretrained(NAME, weights="nf4") as model, torch.inference_mode():
+        assert torch.equal(model(PROMPT).logits, answers[0])
+    assert hub.sent["model.safetensors"] == 2 * weights(hub)
+
+
+@pytest.mark.parametrize("text", ["[]", "no json", '{"../../evil": ""}', '{"config.json": 1}'])
+def test_a_strange_description_is_refused(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nexus_home: Path, text: str
+) -> None:
+    with nexus.from_pretrained(NAME, weights="nf4"):
+        pass
+    shutil.rmtree(nexus_home / "converted")
+    with DiskTier(nexus_home / "cache", "1GB") as cache:
+        [key] = [entry.key for entry in cache.entries() if entry.key.endswith("/description")]
+        cache.put(key, [text.encode()], kind="packed")
+    with pytest.raises(CheckpointFormatError, match="described by plain files"):
+        nexus.from_pretrained(NAME, weights="nf4")
+    assert not list(tmp_path.rglob("evil"))

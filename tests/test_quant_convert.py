@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ import nexus_ext as nexus
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.errors import CheckpointFormatError, ConfigError, QuantizationError, WriteError
 from nexus_ext.quant import INT8Config, MixedConfig, NF4Config, PackedLinear
-from nexus_ext.quant.convert import JOURNAL, REPORT, convert_checkpoint
+from nexus_ext.quant.convert import REPORT, convert_checkpoint
+from nexus_ext.quant.shards import JOURNAL
 from tests.test_quant_formats import (
     NUM_LAYERS,
     decoded,
@@ -244,9 +244,9 @@ def test_every_packed_module_is_reported(plain: Path, tmp_path: Path, mode: str)
 @pytest.fixture
 def stopped(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A conversion whose disk was full at its third shard; it has room again."""
-    from nexus_ext.quant import convert
+    from nexus_ext.quant import shards
 
-    write, num_calls = convert.write_safetensors, 0
+    write, num_calls = shards.write_safetensors, 0
 
     def fail_third(path: Path, tensors: Any) -> None:
         nonlocal num_calls
@@ -257,7 +257,7 @@ def stopped(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
     folder = tmp_path / "packed"
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "write_safetensors", fail_third)
+        patch.setattr(shards, "write_safetensors", fail_third)
         with pytest.raises(WriteError, match=r"No space left.*what is done stays"):
             nexus.convert(plain, folder)
     assert len(times_of(folder)) == 2
@@ -309,11 +309,11 @@ def test_interrupted_twice(
     torn: str,
 ) -> None:
     """What was noted after a torn line counts as well."""
-    from nexus_ext.quant import convert
+    from nexus_ext.quant import shards
 
     if torn:
         (stopped / JOURNAL).write_bytes((stopped / JOURNAL).read_bytes()[:-5])
-    write = convert.write_safetensors
+    write = shards.write_safetensors
 
     def fail_fifth(path: Path, tensors: Any) -> None:
         if "00005" in path.name:
@@ -321,7 +321,7 @@ def test_interrupted_twice(
         write(path, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "write_safetensors", fail_fifth)
+        patch.setattr(shards, "write_safetensors", fail_fifth)
         with pytest.raises(WriteError, match="Input/output error"):
             nexus.convert(plain, stopped)
     before = times_of(stopped)
@@ -572,94 +572,6 @@ print(peak - base)
     root = Path(__file__).parents[1]
     grown = int(run_python(script, tmp_path, PYTHONPATH=str(root))) << 10
     assert grown < num_blocks * width * width * 4 / 2
-
-
-# -- converted on the way --------------------------------------------------------------------------
-
-
-def test_from_pretrained_converts_once(
-    plain: Path, converted: Any, nexus_home: Path, tmp_path: Path
-) -> None:
-    source = Path(shutil.copytree(plain, tmp_path / "source"))
-    with open_llama(converted("nf4")) as model:
-        want = logits(model)
-        budget = nexus.plan_of(model).budget_bytes
-
-    def folders(weights: Any = "nf4") -> dict[Path, int]:
-        options = {"budget": budget, "io": "direct", "lookahead": 1}
-        with nexus.from_pretrained(source, weights=weights, **options) as model:
-            assert len(nexus.plan_of(model).streamed) >= 4
-            if weights == "nf4":
-                assert torch.equal(logits(model), want)
-        return {path: path.stat().st_mtime_ns for path in nexus_home.glob("converted/*/*.json")}
-
-    first = folders()
-    assert len({path.parent for path in first}) == 1
-    assert folders() == first
-    assert folders(NF4Config()) == first
-    second = folders("nf4-nested")
-    assert len({path.parent for path in second}) == 2
-    assert second.items() > first.items()
-    os.utime(source / "model.safetensors")
-    assert len({path.parent for path in folders()}) == 3
-    assert bytes_in(converted("nf4")).keys() == bytes_in(next(iter(first)).parent).keys()
-
-
-def test_a_conversion_does_not_hide_another_config(
-    plain: Path, nexus_home: Path, tmp_path: Path
-) -> None:
-    source = Path(shutil.copytree(plain, tmp_path / "source"))
-    for epsilon in (1e-6, 1e-3):
-        fields = json.loads((source / "config.json").read_text()) | {"rms_norm_eps": epsilon}
-        (source / "config.json").write_text(json.dumps(fields))
-        with nexus.from_pretrained(source, weights="nf4") as model:
-            assert model.config.rms_norm_eps == epsilon
-
-
-def test_groups_may_be_any_iterable(plain: Path, tmp_path: Path) -> None:
-    groups = (name for name in ["model.layers"])
-    with nexus.from_pretrained(plain, weights="nf4", groups=groups) as model:
-        assert nexus.plan_of(model).num_groups == NUM_LAYERS
-
-
-def test_from_pretrained_goes_on_with_an_interrupted_conversion(
-    plain: Path, converted: Any, nexus_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from nexus_ext.quant import convert
-
-    write = convert.write_safetensors
-
-    def fail(path: Path, tensors: Any) -> None:
-        if "00003" in path.name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, tensors)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(convert, "write_safetensors", fail)
-        with pytest.raises(WriteError):
-            nexus.from_pretrained(plain, weights="nf4")
-    [folder] = [path for path in nexus_home.glob("converted/*") if path.is_dir()]
-    before = times_of(folder)
-    assert len(before) == 2
-    with nexus.from_pretrained(plain, weights="nf4"):
-        pass
-    after = times_of(folder)
-    assert {name: after[name] for name in before} == before
-    assert bytes_in(folder) == bytes_in(converted("nf4"))
-
-
-def test_two_processes_convert_once(
-    plain: Path, nexus_home: Path, run_python: Callable[..., str]
-) -> None:
-    script = """
-import sys, nexus_ext
-with nexus_ext.from_pretrained(sys.argv[1], weights="int8") as model:
-    print(nexus_ext.plan_of(model).num_groups)
-"""
-    with ThreadPoolExecutor() as pool:
-        printed = list(pool.map(lambda _: run_python(script, plain).strip(), range(2)))
-    assert printed == [str(NUM_LAYERS)] * 2
-    assert len([path for path in nexus_home.glob("converted/*") if path.is_dir()]) == 1
 
 
 # -- quantize_layer --------------------------------------------------------------------------------

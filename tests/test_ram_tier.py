@@ -15,6 +15,7 @@ from nexus_ext.cache.ram import RamTier
 from nexus_ext.cache.segment import file_bytes
 from nexus_ext.cache.shared_folder import default_folder
 from nexus_ext.errors import ConfigError, EngineClosed, ForkedEngine
+from tests.conftest import RecordCount
 
 MIB = 1 << 20
 PATIENCE_SECONDS = 60
@@ -224,7 +225,7 @@ def test_a_second_thread_waits_for_the_first_and_reads_nothing(tier: RamTier) ->
 # -- damage ----------------------------------------------------------------------------------------
 
 
-def test_every_damaged_segment_is_a_miss(folder: Path) -> None:
+def test_every_damaged_segment_is_a_miss(folder: Path, record_count: RecordCount) -> None:
     """Of a segment that another process wrote: bytes, table, footer, length."""
     nbytes = 2 * MIB + 100
     writer = RamTier("64MiB", folder=folder)
@@ -240,8 +241,9 @@ def test_every_damaged_segment_is_a_miss(folder: Path) -> None:
     lengths = [0, 1, 47, 48, 4096, nbytes, len(whole) - 1]
     num_caught += sum(_is_caught(folder, whole[:length]) for length in lengths)
     num_caught += _is_caught(folder, whole + b"\0")
-    print(f"{num_caught} damaged segments, all of them misses")
-    assert num_caught == len(places) - len(padding) + len(lengths) + 1
+    num_damaged = len(places) - len(padding) + len(lengths) + 1
+    record_count("damaged segments of shared memory", num_damaged, {"caught": num_caught})
+    assert num_caught == num_damaged
     writer.close()
 
 

@@ -209,7 +209,7 @@ def test_the_last_layers_have_nothing_behind_them(
 def test_who_jumps_about_leaves_a_bounded_number_behind(
     no_memory: LayerCache, llama: Path, reads: Reads
 ) -> None:
-    with Prefetcher(no_memory, lookahead=1) as prefetcher:
+    with Prefetcher(no_memory, lookahead=1, learns_order=False) as prefetcher:
         for index in (0, 4, 2, 6, 0, 4, 2, 6):
             layer = prefetcher.get(llama, index, NUM_LAYERS)
             assert torch.equal(weight(layer), stored(llama, index))
@@ -432,7 +432,7 @@ def test_verdicts_compare_with_the_guides_targets() -> None:
     counts = PrefetchCounts()
     for number in range(10):
         counts.note_depth(3)
-        counts.note("memory" if number else "source", number > 0, number > 0, 0.05)
+        counts.note("memory" if number else "source", number > 0, False, number > 0, 0.05)
     found = verdicts(counts.report())
     assert {name: one.is_met for name, one in found.items()} == {
         "cache_hit_ratio": True,
@@ -441,7 +441,7 @@ def test_verdicts_compare_with_the_guides_targets() -> None:
         "queue_depth": True,
     }
     for _ in range(10):
-        counts.note("source", False, False, 0.5)
+        counts.note("source", False, False, False, 0.5)
         counts.note_dropped()
         counts.note_depth(9)
     found = verdicts(counts.report())

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.errors import CheckpointError, CheckpointFormatError, TruncatedCheckpoint
 from tests import bombs
+from tests.conftest import RecordCount
 from tests.hostile_headers import header, tensor, with_length
 from tests.test_untrusted_index import write, write_index
 
@@ -78,13 +78,13 @@ def test_every_bomb_has_an_answer() -> None:
 def test_a_bomb_is_opened_or_refused_in_bounded_memory(
     name: str,
     measured: dict[str, dict[str, Any]],
-    record_count: Callable[[str, object], None],
+    record_count: RecordCount,
 ) -> None:
     told = measured[name]
     assert ANSWERS[name] in told["answer"]
     assert len(told["answer"]) < 2000
-    megabytes = {key: told[key] // 1_000_000 for key in ("nbytes", "grown_bytes")}
-    record_count("megabytes", megabytes)
+    sizes = {"bytes of files": told["nbytes"], "bytes of memory": max(0, told["grown_bytes"])}
+    record_count("header and index bombs", 1, sizes)
     limit = PER_BYTE * told["nbytes"] + PER_TENSOR * told["num_tensors"] + BASE
     assert told["grown_bytes"] <= limit
 

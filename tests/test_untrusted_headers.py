@@ -8,13 +8,13 @@ refuse, it must be by one of the rules of `hostile_headers.STRICTER`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.errors import CheckpointError
+from tests.conftest import RecordCount
 from tests.hostile_headers import (
     STRICTER,
     Mutator,
@@ -74,7 +74,7 @@ def test_a_named_file_is_opened_or_refused_as_written(name: str, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(NUM_RUNS))
 def test_mutated_headers_are_judged_like_the_library_or_by_a_written_rule(
-    seed: int, record_count: Callable[[str, object], None]
+    seed: int, record_count: RecordCount
 ) -> None:
     mutator = Mutator(seed, CASES)
     counts: Counter[str] = Counter()
@@ -83,8 +83,9 @@ def test_mutated_headers_are_judged_like_the_library_or_by_a_written_rule(
         mutant = mutator.one()
         counts[verdict(*mutant)] += 1
         distinct.add(hash(mutant))
-    told = f"{NUM_MUTANTS}, {len(distinct)} distinct: {dict(counts.most_common())}"
-    record_count("mutated headers", told)
+    outcomes = {"distinct": len(distinct), "legal": counts["legal"], "illegal": counts["illegal"]}
+    outcomes["refused by a stricter rule"] = counts.total() - counts["legal"] - counts["illegal"]
+    record_count("header mutations compared with safetensors", counts.total(), outcomes)
     assert counts.keys() <= {"legal", "illegal", *STRICTER}
     assert len(distinct) > NUM_MUTANTS // 2
     assert counts["legal"] > NUM_MUTANTS // 20  # the mutations do hit, and do not hit everything
@@ -94,7 +95,7 @@ def test_mutated_headers_are_judged_like_the_library_or_by_a_written_rule(
 
 
 def test_mutated_files_are_opened_or_refused_and_nothing_else(
-    tmp_path: Path, record_count: Callable[[str, object], None]
+    tmp_path: Path, record_count: RecordCount
 ) -> None:
     """With lies about the header's length, and files cut anywhere."""
     mutator = Mutator(1000, CASES)
@@ -113,6 +114,6 @@ def test_mutated_files_are_opened_or_refused_and_nothing_else(
             continue
         counts["opened"] += 1
         assert shown(list(found.entries.values()), raw) == library_finds(raw)
-    record_count("mutated files", dict(counts))
+    record_count("mutated safetensors files", counts.total(), counts)
     assert counts["opened"] > 200
     assert counts["refused"] > 200

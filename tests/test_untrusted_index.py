@@ -7,13 +7,13 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pytest
 
 from nexus_ext.checkpoint import Checkpoint, parse_index
 from nexus_ext.errors import CheckpointError, CheckpointFormatError
+from tests.conftest import RecordCount
 from tests.hostile_headers import Pairs, Tokens, header, tensor, with_length
 
 NUM_RUNS = 4
@@ -132,7 +132,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_no_spelling_leads_out_of_the_folder(
-    folder: Path, opened: list[str], record_count: Callable[[str, object], None]
+    folder: Path, opened: list[str], record_count: RecordCount
 ) -> None:
     names = spellings(folder.parent / OUTSIDE)
     assert len(names) >= 200
@@ -146,7 +146,7 @@ def test_no_spelling_leads_out_of_the_folder(
         message = str(caught.value)
         assert len(message) < 2000 + len(str(folder))
         counts["not plain" if "is the plain name of a file" in message else "not there"] += 1
-    record_count("spellings of a path", f"{len(names)}: {dict(counts)}")
+    record_count("spellings of a path in an index", len(names), counts)
     assert counts["not plain"] >= 200
 
 
@@ -197,7 +197,7 @@ def mutant(rng: random.Random, tokens: Tokens) -> bytes:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(NUM_RUNS))
 def test_a_mutated_index_names_files_beside_it_or_is_refused(
-    seed: int, record_count: Callable[[str, object], None]
+    seed: int, record_count: RecordCount
 ) -> None:
     rng = random.Random(seed)
     tokens = Tokens(INDEXES, WORDS.split())
@@ -219,14 +219,13 @@ def test_a_mutated_index_names_files_beside_it_or_is_refused(
             assert shard.isprintable(), raw
         pairs = [(tensor, shard) for shard, tensors in shards.items() for tensor in tensors]
         assert sorted(pairs) == sorted(lenient(raw)), raw  # type: ignore[call-overload]
-    told = f"{NUM_MUTANTS}, {len(distinct)} distinct: {dict(counts)}"
-    record_count("mutated indexes", told)
+    record_count("mutated indexes", counts.total(), {"distinct": len(distinct), **counts})
     assert counts["accepted"] > NUM_MUTANTS // 40
     assert counts["refused"] > NUM_MUTANTS // 20
 
 
 def test_a_mutated_index_opens_nothing_outside_of_its_folder(
-    folder: Path, opened: list[str], record_count: Callable[[str, object], None]
+    folder: Path, opened: list[str], record_count: RecordCount
 ) -> None:
     """The whole way: real shards beside the index, others around the folder."""
     rng = random.Random(100)
@@ -244,6 +243,6 @@ def test_a_mutated_index_opens_nothing_outside_of_its_folder(
         else:
             counts["opened"] += 1
         assert {os.path.dirname(path) for path in opened} == {str(folder)}
-    record_count("mutated index files", dict(counts))
+    record_count("mutated index files", counts.total(), counts)
     assert counts["opened"] > 100
     assert counts["refused"] > 100

@@ -77,12 +77,13 @@ File::File(std::string path, const Stamp& expected)
 }
 
 // By way of the descriptor, for the file may get another name at any moment.
-File::File(std::string path, const Stamp& expected, int descriptor)
+File::File(std::string path, const Stamp& expected, int descriptor, bool is_whole)
     : path_(std::move(path)),
       stamp_(expected),
       is_followed_(true),
       opened_at_(concat("/proc/self/fd/", descriptor)),
       arrived_(false) {
+  if (is_whole) settle(expected.mtime_ns);
   open_checked(opened_at_);
   opened_at_ = concat("/proc/self/fd/", buffered_);
 }

@@ -34,10 +34,10 @@ class File {
   // Opens without ever blocking on a FIFO or a device. Throws CheckpointChanged when the file is
   // not the one `expected` describes.
   File(std::string path, const Stamp& expected);
-  // A file that still arrives: it is behind `descriptor`, which stays the caller's, and will be at
-  // `path`. Its time of change counts from `settle` on; what stands at the path never does, for
-  // the bytes behind the descriptor are those that were checked.
-  File(std::string path, const Stamp& expected, int descriptor);
+  // The file behind `descriptor`, which stays the caller's. What stands at `path` does not count:
+  // the bytes behind the descriptor are those that were checked. Where `is_whole` is false it still
+  // arrives, and its time of change counts from `settle` on.
+  File(std::string path, const Stamp& expected, int descriptor, bool is_whole);
   ~File();
   File(const File&) = delete;
   File& operator=(const File&) = delete;
@@ -77,7 +77,7 @@ class File {
 
   std::string path_;
   Stamp stamp_;
-  const bool is_followed_ = false;                // it arrives, or did, behind a descriptor
+  const bool is_followed_ = false;                // behind a descriptor, not a path
   std::string opened_at_;                         // where it can be opened once more
   std::atomic<int64_t> settled_mtime_ns_ = kAny;  // of one that is followed
   Arrived arrived_;

@@ -277,15 +277,9 @@ class ExpertRunner:
     # -- setting up ------------------------------------------------------------------------------
 
     def _read_gates(self, entries: Sequence[Entry | None]) -> list[torch.Tensor | None]:
-        return [None if entry is None else self._read_gate(entry) for entry in entries]
-
-    def _read_gate(self, entry: Entry) -> torch.Tensor:
-        gate = torch.empty(entry.shape, dtype=entry.dtype)
-        rows = torch.arange(len(gate))
-        self.store.engine.read_rows(
-            gate.view(torch.uint8), rows, entry.file, entry.offset, len(gate)
-        )
-        return gate
+        known = [entry for entry in entries if entry is not None]
+        read = iter(self.store.read(known))
+        return [None if entry is None else next(read) for entry in entries]
 
     def _prefault(self) -> None:
         nbytes = sum(file.stamp.size for file in self._checkpoint.files)

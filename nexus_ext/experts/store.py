@@ -9,17 +9,23 @@ Note [Mapped experts]
 In mode "mmap" an expert whose tensors each lie in one piece of the file, and are aligned there, is
 not copied: its tensors are views of the mapped pages. Placing it brings the pages in, evicting it
 lets them go (if they are not to stay). A slot is then a place in the accounts only.
+
+Note [Experts on their way]
+While the files are downloaded, nobody knows which experts come. Whoever is placed because a layer
+needs him, or waited for, is asked for before all else; whoever is placed ahead, after all else that
+is expected. The engine reads neither before his bytes were announced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from nexus_ext.checkpoint import ALIGNMENT, Checkpoint, Extent, Group, Member
+from nexus_ext.checkpoint import ALIGNMENT, Checkpoint, Entry, Extent, Group, Member
 from nexus_ext.config import home_folder, poisons_freed_arenas
 from nexus_ext.device import Device
 from nexus_ext.digests import recorded_digests
@@ -61,6 +67,8 @@ class ExpertStore:
         self.class_of = _class_of_keys(classes)
         self.slots_of = _slot_ranges(plan)
         self._checkpoint = checkpoint
+        self._arrival = checkpoint.arrival
+        self._hastened: set[int] = set()
         self._gds: GdsServer | None = None
         self._groups_of: list[list[int]] = [[] for _ in self.class_of]
         self._key_of: list[int] = []
@@ -72,9 +80,12 @@ class ExpertStore:
             device=device.name,
             poison=poisons_freed_arenas(),
             faults=faults,
+            descriptors=() if checkpoint.arrival is None else checkpoint.arrival.descriptors,
         )
         try:
             self._attach(classes, plan, choice)
+            if self._arrival is not None:
+                self._arrival.join(self.engine)
             if verify != "off":
                 self._verify(verify)
         except BaseException:
@@ -95,7 +106,25 @@ class ExpertStore:
         for key, slot in zip(keys, slots, strict=True):
             groups += self._groups_of[key]
             arenas += self._arenas_of_key[key] if key in self._mapped else [slot]
+        self._ask_for(keys, ahead=ahead)
         self.engine.place(groups, arenas, ahead=ahead)
+
+    def _ask_for(self, keys: Sequence[int], *, ahead: bool) -> None:
+        """See Note [Experts on their way]."""
+        if self._arrival is None or not self._arrival.is_arriving:
+            return
+        new = [key for key in keys if key not in self._hastened]
+        spans = [
+            (extent.file, extent.offset, extent.nbytes)
+            for key in new
+            for group in self._groups_of[key]
+            for extent in self._groups[group].extents
+        ]
+        if ahead:
+            self._arrival.expect(spans)
+        elif spans:
+            self._hastened.update(new)
+            self._arrival.hasten(spans)
 
     def collect(self, keys: Sequence[int], *, at_least: int) -> list[int]:
         """Which of these have landed; blocks until so many have.
@@ -104,6 +133,7 @@ class ExpertStore:
             ReadError, TruncatedCheckpoint, CheckpointChanged, CorruptCheckpoint, DeviceError: One
                 could not be read. None of those that had not landed is placed any more.
         """
+        self._ask_for(keys, ahead=False)
         groups = [group for key in keys for group in self._groups_of[key]]
         wanted = len(groups) if at_least == len(keys) else at_least
         while True:
@@ -125,6 +155,18 @@ class ExpertStore:
         """An expert's tensors by name, while it is collected and neither evicted nor replaced."""
         mapped = self._mapped.get(key)
         return self._views[slot] if mapped is None else mapped
+
+    def read(self, entries: Sequence[Entry]) -> list[torch.Tensor]:
+        """Small matrices, past the slots. Blocks. Raises as `collect`."""
+        if self._arrival is not None:
+            self._arrival.hasten([(entry.file, entry.offset, entry.nbytes) for entry in entries])
+        return [self._read_matrix(entry) for entry in entries]
+
+    def _read_matrix(self, entry: Entry) -> torch.Tensor:
+        matrix = torch.empty(entry.shape, dtype=entry.dtype)
+        rows = torch.arange(len(matrix))
+        self.engine.read_rows(matrix.view(torch.uint8), rows, entry.file, entry.offset, len(matrix))
+        return matrix
 
     def layer_id(self, layer: int) -> torch.Tensor:
         """A number for a layer of this model's, that no other model has: 0-dim int64."""
@@ -224,7 +266,7 @@ class ExpertStore:
     def _open_gds(self) -> GdsServer:
         files = self._checkpoint.files
         return GdsServer(
-            [file.path for file in files],
+            [Path(file.reach) for file in files],
             [astuple(file.stamp) for file in files],
             self._arenas,
             self.engine.take_read,

@@ -1,44 +1,43 @@
 """`convert`: a checkpoint packed once, group by group, so that it streams in fewer bytes.
 
-    source ──read one group──▶ pack ──▶ one shard, written under another name, then renamed
+    source ──read one group──▶ pack ──▶ one shard, there as a whole or not at all
 
 Never holds more than one group, and what packing its largest weight takes. Every shard is plain
 safetensors, its data begins on a page and lies in the order in which a group is laid out: one read
 brings a group, or an expert. Names and config.json are those of bitsandbytes, so that transformers
 loads the result, except for mixtures of 4 and 8 bits and for experts.
 
-A conversion that was interrupted goes on where it stopped: its journal (`JOURNAL`) says which
-shards are done, and for which source and configuration.
+A conversion that was interrupted goes on where it stopped: where its shards go (`shards.py`) says
+which are done, and for which source and configuration.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
-from nexus_ext.checkpoint import ALIGNMENT, Checkpoint
+from nexus_ext.checkpoint import Checkpoint
 from nexus_ext.errors import CheckpointFormatError, ConfigError, NexusError, WriteError
 from nexus_ext.experts.find import ExpertLayer
+from nexus_ext.files import write_whole
 from nexus_ext.quant.config import INT8Config, NF4Config, QuantConfig
-from nexus_ext.quant.packed import describes_weight, pack
+from nexus_ext.quant.packed import pack
 from nexus_ext.quant.selection import Selection
+from nexus_ext.quant.shards import FolderShards, Report, Shards
 from nexus_ext.quant.stacked import pack_stacked
 
-__all__ = ["JOURNAL", "REPORT", "PackedModule", "convert_checkpoint"]
+__all__ = ["REPORT", "PackedModule", "convert_checkpoint"]
 
-JOURNAL = "nexus-conversion.jsonl"
 REPORT = "nexus-conversion.json"
 
 # Called as (what, done_bytes, total_bytes).
@@ -46,21 +45,8 @@ Progress = Callable[[str, int, int], None]
 
 _log = logging.getLogger("nexus_ext")
 
-_PAGE_BYTES = 4096
-_DTYPE_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
+# For whoever may enter the folder, as what save_pretrained writes.
+_READABLE = 0o644
 # Weights, and what names them; everything else in a model's folder is small and copied.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".h5", ".msgpack")
 
@@ -85,6 +71,7 @@ def convert_checkpoint(
     *,
     experts: Sequence[ExpertLayer] = (),
     rename: Callable[[str], str] = lambda name: name,
+    shards: Shards | None = None,
     progress: Progress | None = None,
 ) -> list[PackedModule]:
     """Pack the Linear layers of a model's groups, and its experts; everything else is copied as it
@@ -98,6 +85,7 @@ def convert_checkpoint(
         checkpoint: The source; plain.
         groups: Names of the checkpoint's tensors that move together; the rest forms a shard too.
         folder: Where to write; new, or with the journal of this very conversion.
+        shards: Where the shards go; None is files in `folder`, beside what describes them.
         config: What to pack, and how.
         experts: Where the model's experts are in the source.
         rename: From a name in the model to the name in the checkpoint.
@@ -116,7 +104,13 @@ def convert_checkpoint(
     selection = Selection.of(model, checkpoint, experts, config, rename)
     for name, why in selection.compromises():
         _log.warning("%s is not packed as asked: %s", name, why)
-    job = _Job(checkpoint, folder, selection, progress or (lambda what, done, total: None))
+    job = _Job(
+        checkpoint,
+        folder,
+        shards or FolderShards(folder),
+        selection,
+        progress or (lambda what, done, total: None),
+    )
     return job.run([*(list(names) for names in groups), *selection.shards])
 
 
@@ -143,11 +137,13 @@ class _Job:
         self,
         checkpoint: Checkpoint,
         folder: Path,
+        shards: Shards,
         selection: Selection,
         progress: Progress,
     ) -> None:
         self._checkpoint = checkpoint
         self._folder = folder
+        self._shards = shards
         self._selection = selection
         self._progress = progress
         self._done_bytes = 0
@@ -162,12 +158,12 @@ class _Job:
         rest = [name for name in self._checkpoint.entries if name not in grouped]
         shards = [names for names in (rest, *groups) if names]
         self._check_packs_something(groups)
+        names = [
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            for number in range(1, len(shards) + 1)
+        ]
         with _writing(self._folder):
-            finished = self._begin()
-            names = [
-                f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                for number in range(1, len(shards) + 1)
-            ]
+            finished = self._shards.begin(self._identity, names)
             for shard, tensors in zip(names, shards, strict=True):
                 if shard not in finished:
                     finished[shard] = self._write_shard(shard, tensors, grouped)
@@ -188,42 +184,11 @@ class _Job:
         self._done_bytes += sum(self._checkpoint.entries[name].nbytes for name in tensors)
         self._progress("packing", self._done_bytes, self._checkpoint.nbytes)
 
-    # -- the journal -------------------------------------------------------------------------
-
-    def _begin(self) -> dict[str, list[dict[str, Any]]]:
-        """Open the journal, or make one; the shards that are done, and their part of the report."""
-        journal = self._folder / JOURNAL
-        if not journal.exists():
-            if self._folder.exists() and any(self._folder.iterdir()):
-                raise ConfigError(
-                    f"A destination must be new or an interrupted conversion; {self._folder} holds "
-                    "something else. Name another folder, or remove it."
-                )
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._note(self._identity)
-            return {}
-        lines, end = _whole_lines(journal)
-        if not lines or lines[0] != self._identity:
-            raise ConfigError(
-                f"{self._folder} holds the conversion of another source or configuration. Name "
-                "another folder, or remove it."
-            )
-        os.truncate(journal, end)  # the next line begins where a line begins
-        return {line["shard"]: line["packed"] for line in lines[1:]}
-
-    def _note(self, line: Mapping[str, Any]) -> None:
-        with open(self._folder / JOURNAL, "a") as journal:
-            journal.write(json.dumps(line) + "\n")
-            journal.flush()
-            os.fdatasync(journal.fileno())
-
     # -- shards ------------------------------------------------------------------------------
 
-    def _write_shard(
-        self, shard: str, tensors: list[str], packable: set[str]
-    ) -> list[dict[str, Any]]:
+    def _write_shard(self, shard: str, tensors: list[str], packable: set[str]) -> Report:
         stored: dict[str, dict[str, torch.Tensor]] = {}
-        packed: list[dict[str, Any]] = []
+        packed: Report = []
         with ExitStack() as stack:
             files = _Files(self._checkpoint, stack)
             for name in tensors:
@@ -233,8 +198,7 @@ class _Job:
                     continue
                 stored[name], line = self._pack(name, config, files)
                 packed.append(asdict(line))
-            write_safetensors(self._folder / shard, self._in_order(stored))
-        self._note({"shard": shard, "packed": packed})
+            self._shards.write(shard, self._in_order(stored), packed)
         return packed
 
     def _pack(
@@ -276,15 +240,19 @@ class _Job:
         weight_map: dict[str, str] = {}
         total = 0
         for shard in shards:
-            made = Checkpoint.open(self._folder / shard)
-            weight_map |= dict.fromkeys(made.entries, shard)
-            total += made.nbytes
+            tensors, nbytes = self._shards.tensor_names(shard)
+            weight_map |= dict.fromkeys(tensors, shard)
+            total += nbytes
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_text(self._folder / REPORT, json.dumps([asdict(line) for line in report], indent=1))
+        self._write(REPORT, [asdict(line) for line in report])
         self._copy_the_rest(report)
         # The index makes it a checkpoint: it comes last.
-        _write_text(self._folder / "model.safetensors.index.json", json.dumps(index, indent=1))
-        (self._folder / JOURNAL).unlink()
+        self._write("model.safetensors.index.json", index)
+        self._shards.end()
+
+    def _write(self, name: str, content: object) -> None:
+        text = json.dumps(content, indent=1) + "\n"
+        write_whole(self._folder / name, text, _READABLE)
 
     def _copy_the_rest(self, report: list[PackedModule]) -> None:
         for path in sorted(self._checkpoint.path.parent.iterdir()):
@@ -292,7 +260,7 @@ class _Job:
                 if path.name == "config.json":
                     fields = json.loads(path.read_text())
                     fields["quantization_config"] = self._quantization_config(report, fields)
-                    _write_text(self._folder / path.name, json.dumps(fields, indent=2))
+                    self._write(path.name, fields)
                 else:
                     shutil.copyfile(path, self._folder / path.name)
 
@@ -342,23 +310,6 @@ class _Files:
         return self._opened[number]
 
 
-def _whole_lines(journal: Path) -> tuple[list[Any], int]:
-    """The lines that were written to their end, and where that is: power may fail in the middle."""
-    lines, end = [], 0
-    for line in journal.read_bytes().splitlines(keepends=True):
-        try:
-            if not line.endswith(b"\n"):
-                break
-            lines.append(json.loads(line.decode()))
-        except ValueError:
-            break
-        end += len(line)
-    return lines, end
-
-
-# -- files -----------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     """What the disk refuses becomes a `WriteError`."""
@@ -371,58 +322,3 @@ def _writing(folder: Path) -> Iterator[None]:
             f"{folder} must take the packed weights, but: {error}. Make room or choose another "
             "folder, and convert again: what is done stays."
         ) from error
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write one file whose data begins on a page; whole, or not at all.
-
-    What moves stands in front, and in front of that whatever is a multiple of `ALIGNMENT`, so that
-    it lies in the file as it will lie in a group.
-    """
-    ordered = sorted(
-        tensors.items(),
-        key=lambda item: (describes_weight(item[0]), item[1].nbytes % ALIGNMENT != 0),
-    )
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in ordered:
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + tensor.nbytes],
-        }
-        end += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % _PAGE_BYTES)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, tensor in ordered:
-                _write_tensor(file, tensor.contiguous())
-            file.flush()
-            os.fdatasync(file.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
-    if tensor.nbytes:
-        file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text + "\n")
-    partial.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -25,7 +25,7 @@ from nexus_ext.quant import reference
 from nexus_ext.quant.gguf_file import GGUFCheckpoint
 from nexus_ext.quant.packing import INT8, NF4, NestedNF4, Packing
 
-__all__ = ["PackedWeight", "PackedWeights"]
+__all__ = ["PackedWeight", "PackedWeights", "descriptions"]
 
 _STATE = ".quant_state.bitsandbytes__"
 _TYPES = ("nf4", "fp4")
@@ -102,6 +102,20 @@ class PackedWeights:
         return None
 
 
+def descriptions(checkpoint: Checkpoint) -> list[Entry]:
+    """What `PackedWeights` reads itself: a few bytes for each weight of some formats."""
+    names: list[str] = []
+    for name in checkpoint.entries:
+        if _STATE in name:
+            weight = name[: name.index(_STATE)]
+            names += (name, f"{weight}.quant_map", f"{weight}.nested_quant_map")
+        elif name.endswith("SCB"):
+            names.append(f"{name.removesuffix('SCB')}weight_format")
+    found = (checkpoint.entries[name] for name in names if name in checkpoint.entries)
+    # Larger ones are no descriptions, and are refused when they are looked at.
+    return [entry for entry in found if entry.nbytes <= _MOST_JSON_BYTES]
+
+
 def _fail(
     checkpoint: Checkpoint, entry: Entry, rule: str, got: object, advice: str = ""
 ) -> NoReturn:
@@ -113,9 +127,12 @@ def _fail(
 
 
 def _bytes_of(checkpoint: Checkpoint, entry: Entry) -> bytes:
-    """The few bytes of a description."""
-    with open(checkpoint.files[entry.file].path, "rb") as file:
-        data = os.pread(file.fileno(), entry.nbytes, entry.offset)
+    """The few bytes of a description; waits for those of a file that still arrives."""
+    if checkpoint.arrival is not None:
+        data = checkpoint.arrival.read(entry.file, entry.offset, entry.nbytes)
+    else:
+        with open(checkpoint.files[entry.file].reach, "rb") as file:
+            data = os.pread(file.fileno(), entry.nbytes, entry.offset)
     if len(data) != entry.nbytes:
         _fail(checkpoint, entry, f"A file must hold the {entry.nbytes} bytes of it", len(data))
     return data

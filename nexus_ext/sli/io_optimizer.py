@@ -45,6 +45,8 @@ class IOOptimizer:
         enable_wear_leveling: bool = False,
         enable_parallel_download: bool = True,
         max_concurrent_downloads: int = 8,
+        *,
+        learn_order: bool = True,
     ) -> None:
         """Start nothing yet.
 
@@ -56,6 +58,8 @@ class IOOptimizer:
                 cache's folder; see `SSDWearLeveling` for what that is worth.
             enable_parallel_download: Whether files are downloaded several at a time.
             max_concurrent_downloads: How many.
+            learn_order: Whether what is fetched ahead follows the order in which layers were asked
+                for before; else, and before it is known, it is the next numbers.
 
         Raises:
             ConfigError: A value that cannot be.
@@ -70,6 +74,7 @@ class IOOptimizer:
         self.prefetcher = Prefetcher(
             layer_cache,
             lookahead=prefetch_lookahead if enable_prefetch else 0,
+            learns_order=learn_order,
             max_connections=connections,
         )
         self.wear_leveling = None

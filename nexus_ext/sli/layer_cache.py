@@ -1,18 +1,17 @@
 """`LayerCache`: layers of any model, by number, in memory and on disk.
 
-    cache_layer ──▶ safetensors bytes ──▶ disk tier, RAM tier
-    get_layer   ◀── module over bytes ◀── RAM tier ◀── disk tier        nothing there: None
+    cache_layer ──▶ safetensors bytes ──▶ RAM tier, disk side  ──publish──▶ store of all nodes
+    get_layer   ◀── module over bytes ◀── RAM tier ◀── disk side  ◀───────── store of all nodes
 
-Owns the join of both tiers and the modules made from their bytes. A layer that was got is its
-caller's own: it may be changed, and nothing here changes with it.
+Owns the modules made from bytes (`layer_bytes` has those). A layer that was got is its caller's
+own: it may be changed, and nothing here changes with it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -20,56 +19,23 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from nexus_ext.cache.blob import view_of
-from nexus_ext.cache.disk import Admission, DiskTier
-from nexus_ext.cache.ram import RamTier
-from nexus_ext.cache.report import Entry
-from nexus_ext.cache.shared_folder import default_folder
+from nexus_ext.cache.disk import Admission
+from nexus_ext.cache.remote import RemoteStore
+from nexus_ext.cache.tiers import Tier
 from nexus_ext.config import home_folder
-from nexus_ext.errors import ConfigError, CorruptCheckpoint, ReadError
+from nexus_ext.errors import ConfigError
 from nexus_ext.sli.counters import Counters
+from nexus_ext.sli.disk_side import DiskOptions
+from nexus_ext.sli.layer_bytes import LayerBytes
+from nexus_ext.sli.loaded import Loaded
 from nexus_ext.sli.presets import PRESETS
 from nexus_ext.sli.storing import read, store
 from nexus_ext.sli.templates import Template, Templates
 
-__all__ = ["LayerCache", "Loaded"]
+__all__ = ["LayerCache", "key_of"]
 
 Folders: TypeAlias = "str | Path | Sequence[str | Path]"
 _GB = 10**9
-
-
-class Loaded:
-    """Bytes of a layer that came from somewhere, and how they become a module.
-
-    Attributes:
-        payload: The bytes; the caller's own.
-        tier: "memory", "ssd" or "source".
-        digest: Names them in the RAM tier.
-    """
-
-    def __init__(
-        self,
-        payload: torch.Tensor,
-        tier: str,
-        digest: str,
-        build: Callable[[torch.Tensor], nn.Module],
-    ) -> None:
-        self.payload = payload
-        self.tier = tier
-        self.digest = digest
-        self._build = build
-
-    @torch.inference_mode(False)  # a layer outlives the mode that is on now
-    def build(self) -> nn.Module:
-        """A layer over the payload."""
-        return self._build(self.payload)
-
-    @torch.inference_mode(False)
-    def copied(self, ram: RamTier) -> Loaded:
-        """The same for somebody else: what one writes does not reach the other."""
-        payload = ram.load(self.digest)
-        own = self.payload.clone() if payload is None else payload
-        return Loaded(own, self.tier, self.digest, self._build)
 
 
 class LayerCache:
@@ -79,8 +45,10 @@ class LayerCache:
     found again. Memory is shared by processes. A forked child opens its own.
 
     Attributes:
-        disk: The SSD tier; None where it is off.
+        disk: A DiskTier, or a TieredStore where there are several tiers or a remote store; None
+            where nothing is kept on disk.
         ram: The memory tier.
+        folders: Of the disk side, fastest first.
     """
 
     def __init__(
@@ -92,37 +60,44 @@ class LayerCache:
         admission: Admission = "always",
         write_budget_gb_per_day: float | None = None,
         shared_memory: bool = True,
+        tiers: Sequence[Tier] | None = None,
+        remote: RemoteStore | str | None = None,
+        publish: bool = False,
     ) -> None:
-        """Open the cache. Reads no layer.
+        """Open the cache. Reads no layer; the rate of a new tier is measured.
 
         Args:
             cache_dir: The folder, or several, best on different devices. None is
                 ~/.cache/nexus/layers (or $NEXUS_HOME/layers).
-            max_cache_size_gb: On disk, 10**9 bytes each; 0 keeps nothing there.
+            max_cache_size_gb: On disk, 10**9 bytes each; 0 keeps nothing there. Not looked at if
+                there are tiers.
             max_memory_cache_size_gb: In memory; 0 keeps nothing there.
             admission: "second-touch" writes a layer to disk when it is cached for the second time.
             write_budget_gb_per_day: What may be written to disk in 24 hours.
             shared_memory: Whether other processes may use what is in memory here.
+            tiers: Instead of cache_dir: several folders, fastest first, each with a size of its
+                own; layers move between them, and are compressed where that is read faster.
+            remote: A store of several nodes, or its URL (file://, s3://, http://); asked for what
+                is not here. A name must mean the same model on all nodes.
+            publish: Whether what is cached here goes there too.
 
         Raises:
-            ConfigError: A size that is none, or a folder that cannot be used.
+            ConfigError: A size that is none, a folder that cannot be used, or options that exclude
+                each other.
+            MissingExtra: The driver of the remote store is not installed.
         """
-        many = [cache_dir] if isinstance(cache_dir, str | Path) else cache_dir
-        folders = [Path(f).expanduser() for f in many or [home_folder() / "layers"]]
         on_disk = _gigabytes("max_cache_size_gb", max_cache_size_gb)
         in_memory = _gigabytes("max_memory_cache_size_gb", max_memory_cache_size_gb)
         budget = write_budget_gb_per_day
         a_day = None if budget is None else _gigabytes("write_budget_gb_per_day", budget)
-        self.disk: DiskTier | None = None
-        if on_disk:
-            self.disk = DiskTier(
-                folders, on_disk, write_budget_bytes_per_day=a_day, admission=admission
-            )
-        shared = default_folder("\n".join(str(folder.resolve()) for folder in folders))
-        self.ram = RamTier(in_memory, folder=shared, shared=shared_memory)
-        self.folders = folders
+        self.folders = _folders(cache_dir, tiers)
+        store_of_nodes = RemoteStore(remote) if isinstance(remote, str) else remote
+        options = DiskOptions(
+            self.folders, on_disk, tiers or (), store_of_nodes, publish, admission, a_day
+        )
+        self._bytes = LayerBytes(options, in_memory, shared_memory)
+        self.disk, self.ram = self._bytes.disk, self._bytes.ram
         self._templates = Templates()
-        self._only_in_memory: dict[str, str] = {}
         self._counters = Counters()
 
     @classmethod
@@ -157,18 +132,8 @@ class LayerCache:
             ConfigError: A name or number that is none.
         """
         key = key_of(model, layer_idx)
-        parts = store(layer, key)
-        entry = None
-        if self.disk is not None:
-            entry = self.disk.put(key, parts, about={"model": str(model), "layer": layer_idx})
-        digest = _digest_of(parts) if entry is None else entry.digest
-        self.ram.put(digest, parts)
-        self._only_in_memory.pop(key, None)
-        if entry is None:
-            # What lies on disk under this key, and perhaps cannot be removed, is another layer.
-            self._only_in_memory[key] = digest
-            if self.disk is not None:
-                self.disk.evict(key)
+        about = {"model": str(model), "layer": layer_idx}
+        self._bytes.keep(key, store(layer, key), about)
         self._templates.remember(str(model), layer_idx, layer)
 
     def get_layer(
@@ -210,17 +175,8 @@ class LayerCache:
             stored = read(payload, where)
             return self._templates.build(str(model), layer_idx, stored, where, template)
 
-        digest = self._only_in_memory.get(key)
-        entry = self.disk.get(key) if self.disk is not None and digest is None else None
-        if entry is not None:
-            digest = entry.digest
-        if digest is None:
-            return None
-        payload = self.ram.load(digest)
-        if payload is not None:
-            return Loaded(payload, "memory", digest, build)
-        payload = None if entry is None else self._read(entry)
-        return None if payload is None else Loaded(payload, "ssd", digest, build)
+        found = self._bytes.find(key)
+        return None if found is None else Loaded(*found, build)
 
     def set_template(self, model: str | Path, template: Template) -> None:
         """Say what structure the layers of a model have: a module, or a function from the layer's
@@ -229,28 +185,18 @@ class LayerCache:
         self._templates.register(str(model), template)
 
     def evict(self, model: str | Path, layer_idx: int) -> bool:
-        """Forget a layer, in memory and on disk; whether there was one."""
-        key = key_of(model, layer_idx)
-        digest = self._only_in_memory.pop(key, None)
-        entry = self.disk.get(key) if self.disk is not None else None
-        for name in {digest, entry.digest if entry else None} - {None}:
-            self.ram.evict(str(name))
-        was_there = digest is not None or entry is not None
-        if self.disk is not None and entry is not None:
-            self.disk.evict(key)
-        return was_there
+        """Forget a layer, in memory and on disk; whether there was one. A remote store keeps what
+        it has, and gives it again when it is asked.
+        """
+        return self._bytes.forget(key_of(model, layer_idx))
 
     def clear(self) -> None:
-        """Forget all layers, those of other processes too."""
-        self._only_in_memory.clear()
-        self.ram.clear()
-        if self.disk is not None:
-            self.disk.clear()
+        """Forget all layers, those of other processes too; not those of a remote store."""
+        self._bytes.clear()
 
     def layers(self, model: str | Path) -> list[int]:
-        """The numbers of a model's layers that are kept."""
-        keys = [entry.key for entry in self.disk.entries()] if self.disk is not None else []
-        pairs = [json.loads(key) for key in {*keys, *self._only_in_memory}]
+        """The numbers of a model's layers that are kept here; a remote store is not asked."""
+        pairs = [json.loads(key) for key in self._bytes.all_keys()]
         return sorted(index for name, index in pairs if name == str(model))
 
     # -- the whole ---------------------------------------------------------------------------
@@ -258,38 +204,30 @@ class LayerCache:
     def get_stats(self) -> dict[str, Any]:
         """Counters of this cache and the state of its tiers; times in milliseconds.
 
-        hits, memory_hits, ssd_hits, misses, hit_ratio, avg_latency_ms, and those of each tier
-        (memory_, ssd_): evictions, bytes, corruptions, avg_latency_ms; written_bytes; and what the
-        tiers really do: memory_mode ("shared", "private: why", "off"), ssd_error.
+        hits, memory_hits, ssd_hits, remote_hits, misses, hit_ratio (`hits` are those near: memory
+        and disk), avg_latency_ms, and those of each (memory_, ssd_, remote_): evictions, bytes,
+        corruptions, avg_latency_ms; written_bytes.
+
+        tiers: Of each, fastest first: folder, hits (asked for and found there; memory may have had
+        the bytes), bytes, read_bytes, written_bytes, evictions, bytes_per_second (measured; None
+        where there is only one), compression (what was decided, and why).
+        promotions, promoted_bytes, demotions, demoted_bytes, moved_bytes: Between them.
+        remote_bytes, published_bytes: On the wire, from the remote store and to it;
+        remote_refused: objects that were not what they should be.
+
+        What really happens: memory_mode ("shared", "private: why", "off"), ssd_error, remote_error.
         """
-        ram = self.ram.stats()
-        stats = self._counters.report() | {
-            "memory_mode": ram.effective,
-            "memory_bytes": ram.nbytes,
-            "memory_evictions": ram.evictions,
-            "memory_corruptions": ram.corrupt,
-            "memory_refused": ram.refused,
-        }
-        if self.disk is None:
-            return stats | {"evictions": ram.evictions}
-        disk = self.disk.stats()
-        return stats | {
-            "evictions": ram.evictions + disk.evictions,
-            "ssd_bytes": disk.stored_bytes,
-            "ssd_evictions": disk.evictions,
-            "ssd_corruptions": disk.corruptions,
-            "ssd_read_bytes": disk.read_bytes,
-            "written_bytes": disk.written_bytes,
-            "write_amplification": disk.write_amplification,
-            "ssd_error": disk.last_error,
-            "ssd": disk,
-        }
+        return self._counters.report() | self._bytes.report()
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Add to a counter that `nexus cache stats` shows (see `DiskTier.count`); nothing is
+        counted where nothing is kept on disk.
+        """
+        self._bytes.count(name, number)
 
     def close(self) -> None:
         """Write down what was used when, and let go. Layers stay. May be called twice."""
-        self.ram.close()
-        if self.disk is not None:
-            self.disk.close()
+        self._bytes.close()
 
     def __enter__(self) -> LayerCache:
         return self
@@ -301,22 +239,6 @@ class LayerCache:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    # -- inside ------------------------------------------------------------------------------
-
-    def _read(self, entry: Entry) -> torch.Tensor | None:
-        """From disk into the RAM tier, or past it; None where it cannot be believed or read."""
-        disk = self.disk
-        assert disk is not None
-
-        def fill(memory: torch.Tensor) -> None:
-            disk.read(entry, memory)
-
-        try:
-            payload = self.ram.fill(entry.digest, entry.nbytes, fill)
-            return disk.read(entry) if payload is None else payload
-        except (CorruptCheckpoint, ReadError):
-            return None  # the disk tier counted it and set it aside
 
 
 def key_of(model: str | Path, layer_idx: int) -> str:
@@ -332,11 +254,15 @@ def key_of(model: str | Path, layer_idx: int) -> str:
     return json.dumps([str(model), layer_idx])
 
 
-def _digest_of(parts: Sequence[torch.Tensor]) -> str:
-    sha256 = hashlib.sha256()
-    for part in parts:
-        sha256.update(view_of(part))
-    return sha256.hexdigest()
+def _folders(cache_dir: Folders | None, tiers: Sequence[Tier] | None) -> list[Path]:
+    if tiers is not None:
+        if cache_dir is not None:
+            raise ConfigError("tiers have folders of their own; got cache_dir too. Leave it out.")
+        if not tiers:
+            raise ConfigError("tiers are one Tier or more, fastest first; got none.")
+        return [Path(tier.path).expanduser() for tier in tiers]
+    many = [cache_dir] if isinstance(cache_dir, str | Path) else cache_dir
+    return [Path(folder).expanduser() for folder in many or [home_folder() / "layers"]]
 
 
 def _gigabytes(name: str, number: float) -> int:

@@ -1,7 +1,7 @@
 """Layers fetched ahead of who needs them.
 
-    get(i) ──▶ on its way already? ──▶ join it        and then: i + 1 ... i + lookahead are begun
-           └─▶ cache ─▶ the model's own files
+    get(i) ──▶ on its way already? ──▶ join it        and then: those that come next are begun
+           └─▶ `Loader`: cache, model's files          (`Order`: learnt, else i + 1, i + 2 ...)
 
 Owns the threads that fetch, and the layers that were fetched and not asked for yet. A layer is read
 once, however many ask for it meanwhile. What went wrong ahead is raised to whoever asks.
@@ -13,20 +13,21 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-import torch
 from torch import nn
 
 from nexus_ext.errors import ConfigError, EngineClosed
-from nexus_ext.sli.layer_cache import LayerCache, Loaded, key_of
+from nexus_ext.sli.layer_cache import LayerCache, key_of
 from nexus_ext.sli.limits import check_number
+from nexus_ext.sli.loaded import Loaded
+from nexus_ext.sli.loading import Loader
+from nexus_ext.sli.order import Order
 from nexus_ext.sli.prefetch_counts import PrefetchCounts
-from nexus_ext.sli.source import ModelSource, page_memory
-from nexus_ext.sli.sources import fetched_source_of, source_of
 
 __all__ = ["Prefetcher"]
 
@@ -42,6 +43,7 @@ class _Flight:
     """One layer on its way, or there and not asked for yet. Who claims it flies it."""
 
     is_ahead: bool
+    is_learnt: bool = False
     is_claimed: bool = False
     is_taken: bool = False
     future: Future[Loaded] = field(default_factory=Future)
@@ -50,12 +52,20 @@ class _Flight:
 class Prefetcher:
     """Serves layers, and fetches the next ones meanwhile. Thread-safe."""
 
-    def __init__(self, cache: LayerCache, *, lookahead: int = 2, max_connections: int = 8) -> None:
+    def __init__(
+        self,
+        cache: LayerCache,
+        *,
+        lookahead: int = 2,
+        learns_order: bool = True,
+        max_connections: int = 8,
+    ) -> None:
         """Start no thread yet.
 
         Args:
             cache: Where layers are looked for first, and what is in memory is kept.
             lookahead: Layers fetched ahead; 0 fetches none.
+            learns_order: Whether they are those that came next before; else the next numbers.
             max_connections: Of downloads, for models that are not on this machine.
 
         Raises:
@@ -64,10 +74,11 @@ class Prefetcher:
         check_number("prefetch_lookahead", lookahead, 0, _MOST_LOOKAHEAD)
         self.cache = cache
         self.lookahead = lookahead
-        self._max_connections = max_connections
+        self._learns_order = learns_order
         self._lock = threading.Lock()
         self._flights: OrderedDict[_Key, _Flight] = OrderedDict()
-        self._sources: dict[str, ModelSource] = {}
+        self._orders: dict[str, Order] = {}
+        self._loader = Loader(cache, max_connections)
         self._counts = PrefetchCounts()
         self._threads: ThreadPoolExecutor | None = None
         self._is_closed = False
@@ -107,23 +118,35 @@ class Prefetcher:
         try:
             if is_mine:  # what is waited for has the disk to itself
                 self._fly((name, index), flight)
-            self._begin_ahead(name, index, total, count)
-            self._counts.note_depth(self._depth())
+            ahead, is_learnt = self._next(name, index, total, count)
+            self.begin(name, ahead, is_learnt=is_learnt)
+            self._note_depth(is_ahead=count > 0)
             loaded = self._land(flight)
         finally:
             self._forget((name, index), flight)
+        if index in ahead:  # the same again, now that this one was handed out
+            self.begin(name, ahead, is_learnt=is_learnt)
         layer = loaded.build()
-        was_ahead = flight.is_ahead and not is_mine
-        self._counts.note(loaded.tier, was_ahead, was_there, time.perf_counter() - began)
+        self._note(flight, loaded.tier, is_mine, was_there, time.perf_counter() - began)
         return layer
 
-    def begin(self, model: str | Path, indices: range) -> None:
-        """Fetch these ahead. Does not block."""
+    def begin(self, model: str | Path, indices: Sequence[int], *, is_learnt: bool = False) -> None:
+        """Fetch these ahead, the first one first. Does not block.
+
+        Args:
+            model: As in `get`.
+            indices: Which; none of them twice.
+            is_learnt: For the counters: they are a guess from what was asked for before.
+
+        Raises:
+            EngineClosed: Closed before.
+        """
         with self._lock:
             self._check_open()
             for index in indices:
-                self._begin((str(model), index))
-            self._drop_stale({(str(model), index) for index in indices}, len(indices))
+                self._begin((str(model), index), is_learnt)
+            if indices:
+                self._drop_stale({(str(model), index) for index in indices}, len(indices))
 
     def num_layers(self, model: str | Path) -> int:
         """Blocks of the model; of one that is only cached, layers from 0 on without a gap.
@@ -131,14 +154,7 @@ class Prefetcher:
         Raises:
             ConfigError: Neither cached nor known.
         """
-        name = str(model)
-        source = self._sources.get(name) or source_of(name)
-        if source is None:
-            cached = self.cache.layers(name)
-            count = next((i for i, index in enumerate(cached) if i != index), len(cached))
-            if count:
-                return count
-        return self._source(name).num_layers
+        return self._loader.num_layers(str(model))
 
     def stats(self) -> dict[str, float | int]:
         """See `PrefetchCounts.report`."""
@@ -180,7 +196,7 @@ class Prefetcher:
 
     def _fly(self, key: _Key, flight: _Flight) -> None:
         try:
-            loaded = self._load(*key)
+            loaded = self._loader.load(*key)
         except BaseException as error:
             flight.future.set_exception(error)
             raise
@@ -198,12 +214,16 @@ class Prefetcher:
             if self._flights.get(key) is flight and flight.future.done():
                 del self._flights[key]
 
-    def _begin_ahead(self, model: str, index: int, total: int, lookahead: int) -> None:
-        ahead = range(index + 1, min(index + 1 + lookahead, total))
-        if ahead:
-            self.begin(model, ahead)
+    def _next(self, model: str, index: int, total: int, lookahead: int) -> tuple[list[int], bool]:
+        """What will be asked for after this, and whether that was learnt."""
+        if not self._learns_order or lookahead == 0:
+            return list(range(index + 1, min(index + 1 + lookahead, total))), False
+        with self._lock:
+            order = self._orders.setdefault(model, Order())
+            order.visit(index)
+            return order.predict(lookahead, total)
 
-    def _begin(self, key: _Key) -> None:
+    def _begin(self, key: _Key, is_learnt: bool) -> None:
         """With the lock."""
         if key in self._flights:
             return
@@ -211,9 +231,10 @@ class Prefetcher:
             self._threads = ThreadPoolExecutor(_MOST_THREADS, "nexus-prefetch")
             # Nothing that waits is begun when nobody is left to ask for it.
             weakref.finalize(self, self._threads.shutdown, wait=False, cancel_futures=True)
-        self._flights[key] = flight = _Flight(is_ahead=True)
+        self._flights[key] = flight = _Flight(is_ahead=True, is_learnt=is_learnt)
         self._threads.submit(_fly_ahead, weakref.ref(self), key, flight)
-        self._counts.note_issued()
+        self._counts.note_issued(is_learnt)
+        self.cache.count("prefetched")
 
     def _drop_stale(self, wanted: set[_Key], lookahead: int) -> None:
         """Who jumps about leaves layers behind; as many again as are wanted may wait for him."""
@@ -238,38 +259,23 @@ class Prefetcher:
         """Layers on their way or waiting for it."""
         return sum(not flight.future.done() for flight in self._flights.values())
 
-    # -- loading -----------------------------------------------------------------------------
+    # -- counting ----------------------------------------------------------------------------
 
-    @torch.inference_mode(False)  # a layer outlives the mode that is on now
-    def _load(self, model: str, index: int) -> Loaded:
-        cached = self.cache.load(model, index)
-        if cached is not None:
-            return cached
-        source = self._source(model)
+    def _note(
+        self, flight: _Flight, tier: str, is_mine: bool, was_there: bool, seconds: float
+    ) -> None:
+        was_ahead = flight.is_ahead and not is_mine
+        self._counts.note(tier, was_ahead, was_ahead and flight.is_learnt, was_there, seconds)
+        if was_ahead:
+            self.cache.count("prefetch_used")
 
-        def build(payload: torch.Tensor) -> nn.Module:
-            return source.build(index, payload)
-
-        def read(memory: torch.Tensor) -> None:
-            source.read(index, memory)
-
-        ram, digest = self.cache.ram, source.digest(index)
-        payload = ram.load(digest)
-        if payload is not None:
-            return Loaded(payload, "memory", digest, build)
-        nbytes, phase = source.nbytes(index), source.phase(index)
-        payload = ram.fill(digest, nbytes, read, phase=phase)
-        if payload is None:
-            payload = page_memory(nbytes, phase)
-            read(payload)
-        return Loaded(payload, "source", digest, build)
-
-    def _source(self, model: str) -> ModelSource:
-        source = self._sources.get(model)
-        if source is None:
-            source = fetched_source_of(model, max_connections=self._max_connections)
-            self._sources[model] = source
-        return source
+    def _note_depth(self, is_ahead: bool) -> None:
+        with self._lock:
+            depth = self._depth()
+        self._counts.note_depth(depth)
+        if is_ahead:
+            self.cache.count("queue_looks")
+            self.cache.count("queue_depths", depth)
 
     def _check_open(self) -> None:
         if self._is_closed:

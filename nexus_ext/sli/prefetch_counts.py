@@ -35,20 +35,26 @@ class PrefetchCounts:
         self._seconds = 0.0
         self._max_depth = 0
 
-    def note(self, tier: str, was_ahead: bool, was_there: bool, seconds: float) -> None:
-        """One layer that was served."""
+    def note(
+        self, tier: str, was_ahead: bool, was_learnt: bool, was_there: bool, seconds: float
+    ) -> None:
+        """One layer that was served: whether it was fetched ahead, because of a learnt order, and
+        was there when it was asked for.
+        """
         with self._lock:
             self._counts["total_requests"] += 1
             self._counts[f"from_{tier}"] += 1
             self._counts["prefetch_used"] += was_ahead
+            self._counts["learnt_used"] += was_learnt
             self._counts["prefetch_ready"] += was_ahead and was_there
             self._counts["cache_hits"] += was_there or tier in ("memory", "ssd")
             self._seconds += seconds
 
-    def note_issued(self) -> None:
+    def note_issued(self, is_learnt: bool) -> None:
         """A layer is fetched ahead."""
         with self._lock:
             self._counts["prefetch_issued"] += 1
+            self._counts["learnt_issued"] += is_learnt
 
     def note_dropped(self) -> None:
         """A layer was fetched ahead, or was to be, and nobody came for it."""
@@ -66,10 +72,11 @@ class PrefetchCounts:
         """Of all requests that were served:
 
         total_requests; cache_hits: it lay in memory or on the cache's disk when it was asked for,
-        or had been fetched ahead; from_memory, from_ssd, from_source; avg_latency_ms.
+        or had been fetched ahead; from_memory, from_ssd, from_remote, from_source; avg_latency_ms.
         Of what was fetched ahead: prefetch_issued, prefetch_used, prefetch_ready (there when it was
         asked for; others were still on their way), prefetch_dropped; prefetch_hit_rate, used of
-        those used or dropped. avg_queue_depth, max_queue_depth: fetches under way or waiting, once
+        those used or dropped. learnt_issued, learnt_used: of these, what the order learnt says, and
+        not the next numbers. avg_queue_depth, max_queue_depth: fetches under way or waiting, once
         a request has begun its own.
         """
         with self._lock:
@@ -80,11 +87,14 @@ class PrefetchCounts:
             "cache_hits",
             "from_memory",
             "from_ssd",
+            "from_remote",
             "from_source",
             "prefetch_issued",
             "prefetch_used",
             "prefetch_ready",
             "prefetch_dropped",
+            "learnt_issued",
+            "learnt_used",
         )
         decided = counts["prefetch_used"] + counts["prefetch_dropped"]
         return {name: counts[name] for name in names} | {
