@@ -4,6 +4,7 @@ A program: it imports torch once and forks each child from itself. Run by test_c
 which judges what it prints: one line of JSON, {"what": count}.
 
     python cache_children.py kills FOLDER CYCLES SEED
+    python cache_children.py kill-tiers FOLDER CYCLES SEED
     python cache_children.py together FOLDER PROCESSES OPERATIONS SEED [no-locks]
 """
 
@@ -17,12 +18,12 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from nexus_ext.cache import DiskTier, index_file
+from nexus_ext.cache import DiskTier, RemoteStore, Tier, TieredStore, index_file
 from nexus_ext.cache.folder import Folder
 
 KIB = 1 << 10
@@ -61,12 +62,19 @@ def fork(work: Callable[[], int]) -> int:
 # -- killed ----------------------------------------------------------------------------------------
 
 
-def live(folder: Path, seed: int, max_bytes: str, say: Callable[[str], object]) -> int:
-    """Put, load and evict for ever; say what is certain."""
+Say = Callable[[str], object]
+Store = DiskTier | TieredStore
+
+
+def live(open_store: Callable[[], Store], seed: int, say: Say, others: Sequence[str] = ()) -> int:
+    """Put, load and evict for ever; say what is certain. The `others` are there to be loaded."""
     draw = random.Random(seed)
     names = [f"{seed}-{number}" for number in range(6)]
-    with DiskTier(folder, max_bytes) as tier:
+    with open_store() as tier:
         while True:
+            if others and draw.random() < 0.4:
+                other = draw.choice(others)
+                say(f"{'fetched' if is_right(other, tier.load(other)) else 'torn'} {other}")
             key = draw.choice(names)
             action = draw.random()
             if action < 0.6:
@@ -84,8 +92,8 @@ def live(folder: Path, seed: int, max_bytes: str, say: Callable[[str], object]) 
 class Cycle:
     """Children with one pipe, until some messages came; then nobody lives."""
 
-    def __init__(self, folder: Path, seed: int, num_children: int, max_bytes: str) -> None:
-        self.messages: list[str] = []
+    def __init__(self, seed: int, num_children: int, live: Callable[[int, Say], int]) -> None:
+        """`live` is what each child does, with a seed of its own."""
         draw = random.Random(seed)
         reading, writing = os.pipe()
 
@@ -93,7 +101,7 @@ class Cycle:
             os.write(writing, f"{message}\n".encode())
 
         self.pids = [
-            fork(lambda n=n: live(folder, 1000 * seed + n, max_bytes, say))  # type: ignore[misc]
+            fork(lambda n=n: live(1000 * seed + n, say))  # type: ignore[misc]
             for n in range(num_children)
         ]
         os.close(writing)
@@ -115,6 +123,18 @@ class Cycle:
             text += pipe.read()
         self.messages = text.decode().splitlines()
 
+    def count_into(self, counts: Counter[str]) -> dict[str, str]:
+        """The last word on every key."""
+        state: dict[str, str] = {}
+        for message in self.messages:
+            what, key = message.split(" ", 1)
+            counts[what] += 1
+            state[key] = what
+        counts["killed"] += self.num_killed
+        counts["ended"] += len(self.pids) - self.num_killed
+        counts["cycles"] += 1
+        return state
+
 
 def kills(folder: Path, cycles: int, seed: int) -> Counter[str]:
     """Kill children in the middle of what they do; compare with what they had said."""
@@ -123,18 +143,68 @@ def kills(folder: Path, cycles: int, seed: int) -> Counter[str]:
         # With little room nothing is certain to stay, but nothing may be wrong either.
         is_roomy = number % 4 != 3
         zone = folder / ("roomy" if is_roomy else "small")
-        cycle = Cycle(zone, seed + number, 1 + number % 2, "1GiB" if is_roomy else "2MiB")
-        state: dict[str, str] = {}
-        for message in cycle.messages:
-            what, key = message.split(" ", 1)
-            counts[what] += 1
-            state[key] = what
-        counts["torn"] += sum(what == "torn" for what in state.values())
+        max_bytes = "1GiB" if is_roomy else "2MiB"
+
+        def work(seed: int, say: Say, zone: Path = zone, max_bytes: str = max_bytes) -> int:
+            return live(lambda: DiskTier(zone, max_bytes), seed, say)
+
+        state = Cycle(seed + number, 1 + number % 2, work).count_into(counts)
         counts["unfinished"] += len(temporaries(zone))
         counts.update(look(zone, state if is_roomy else {}))
-        counts["killed"] += cycle.num_killed
-        counts["ended"] += len(cycle.pids) - cycle.num_killed
-        counts["cycles"] += 1
+    return counts
+
+
+def kill_tiers(folder: Path, cycles: int, seed: int) -> Counter[str]:
+    """The same with two tiers, of which the first has little room: entries go down and up all the
+    time, others are fetched from a shared store, and now and then a rate is measured.
+    """
+    counts: Counter[str] = Counter()
+    url = f"file://{folder}/shared"
+    others = [f"shared-{number}" for number in range(5)]
+    for key in others:
+        RemoteStore(url).publish(key, [payload(key)])
+    local = folder / "node"
+
+    def open_store() -> TieredStore:
+        tiers = [Tier(local / "nvme", "1MiB"), Tier(local / "hdd", "1GiB")]
+        return TieredStore(tiers, remote=RemoteStore(url))
+
+    for number in range(cycles):
+        if number % 20 == 19:
+            (local / "nvme" / "rate.json").unlink(missing_ok=True)
+        state = Cycle(
+            seed + number, 1 + number % 2, lambda s, say: live(open_store, s, say, others)
+        ).count_into(counts)
+        counts["unfinished"] += len(temporaries(local))
+        counts.update(look_into_tiers(open_store, local, state))
+    return counts
+
+
+def look_into_tiers(
+    open_store: Callable[[], TieredStore], folder: Path, state: dict[str, str]
+) -> Counter[str]:
+    """What a process finds that comes afterwards."""
+    counts: Counter[str] = Counter()
+    with open_store() as store:
+        for key, what in state.items():
+            found = store.load(key)
+            counts["torn"] += not is_right(key, found)
+            counts["lost"] += what in ("there", "fetched") and found is None
+            counts["returned"] += what == "gone" and found is not None
+            counts["checked"] += 1
+        entries = store.entries()
+        counts["torn"] += sum(not is_right(entry.key, store.load(entry.key)) for entry in entries)
+        stats = store.stats()
+        counts["dropped"] += stats.dropped
+        counts["settled"] += stats.settled
+        for tier in stats.tiers:
+            counts["corrupt"] += tier.disk.corruptions
+            counts["rebuilt"] += tier.disk.zones[0].num_rebuilds
+            counts["over budget"] += tier.disk.stored_bytes > tier.disk.max_bytes
+            files = {p.stem for _, p in Folder(tier.folder, shared=False).every_blob()}
+            counts["unknown files"] += len(files - {e.path.stem for e in store.entries()})
+        store.clear()
+    counts["temporaries"] += len(temporaries(folder))
     return counts
 
 
@@ -219,7 +289,7 @@ def main() -> None:
         # What a network file system does that grants every lock: SQLite's own word for it.
         index_file._VFS = "&vfs=unix-none"
         numbers.pop()
-    run = {"kills": kills, "together": together}[what]
+    run = {"kills": kills, "kill-tiers": kill_tiers, "together": together}[what]
     print(json.dumps(run(Path(folder), *map(int, numbers))))
 
 

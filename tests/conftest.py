@@ -63,9 +63,10 @@ def _load_beside(name: str, folder: str = "simcuda") -> Any:
     return module
 
 
-# Tests of downloads import these by their names.
-_load_beside("http_server", folder="")
-_load_beside("sleeper", folder="")
+# Tests import these by their names: what those of downloads share, and those of the cache.
+for _name in ("http_server", "sleeper", "cache_bench"):
+    if (Path(__file__).parent / f"{_name}.py").exists():  # test_conftest.py has this file alone
+        _load_beside(_name, folder="")
 
 # tests/test_on_simcuda.py starts a process with a simulated driver, for the tests that take either.
 SIMULATED_DRIVER = os.environ.get("SIMCUDA")

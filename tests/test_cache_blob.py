@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from nexus_ext import ops
-from nexus_ext.cache import blob
+from nexus_ext.cache import header
 from nexus_ext.cache.blob import BLOCK_BYTES, Header, open_blob, read_header, tensors_of, write_blob
 from nexus_ext.cache.reading import BlockMode, check_blocks, read_payload
 from nexus_ext.engine import Faults
@@ -285,7 +285,7 @@ def test_a_version_to_come_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(blob, "_VERSION", 2)
+        patch.setattr(header, "_VERSION", 2)
         path = write(b"x")
     with pytest.raises(CorruptCheckpoint, match="version 1"):
         read_header(opened(path), "blob")

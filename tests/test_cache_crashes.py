@@ -42,10 +42,22 @@ def run() -> Run:
 def test_who_is_killed_loses_nothing_that_was_acknowledged(
     run: Run, tmp_path: Path, record_count: RecordCount
 ) -> None:
-    counts = run("kills", tmp_path, NUM_CYCLES, 17)
+    check(run("kills", tmp_path, NUM_CYCLES, 17), record_count, "the cache")
+
+
+def test_who_is_killed_while_entries_move_and_are_fetched_loses_nothing(
+    run: Run, tmp_path: Path, record_count: RecordCount
+) -> None:
+    counts = run("kill-tiers", tmp_path, NUM_CYCLES, 23)
+    check(counts, record_count, "tiers over a shared store")
+    assert counts["over budget"] == counts["dropped"] == 0
+    assert counts["fetched"] > 0
+
+
+def check(counts: dict[str, int], record_count: RecordCount, whom: str) -> None:
     told = ("killed", "checked", "unfinished", "lost", "torn", "corrupt", "temporaries")
     outcomes = {name: counts.get(name, 0) for name in told}
-    record_count("kill -9 cycles of the cache", counts["cycles"], outcomes)
+    record_count(f"kill -9 cycles of {whom}", counts["cycles"], outcomes)
     assert counts["cycles"] == NUM_CYCLES
     assert counts["checked"] > NUM_CYCLES
     # Some died while they wrote: else nothing was tried.

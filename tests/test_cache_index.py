@@ -301,7 +301,7 @@ def test_an_index_that_breaks_under_an_open_store_is_made_again(folder: Path) ->
         with open(path, "r+b") as file:
             file.write(b"no database any more" * 3000)
         # What was read before may still be in SQLite's cache; a new connection sees the file.
-        tier._zones[0].index._connection.execute("PRAGMA shrink_memory")
+        tier._zones[0].index._db._connection.execute("PRAGMA shrink_memory")
         for number in range(NUM_KEYS):
             found = tier.load(f"key-{number}")
             assert found is None or torch.equal(found, page(number))
@@ -459,7 +459,7 @@ def test_keys_that_were_seen_are_forgotten_in_time(
 
 
 def test_the_journal_is_a_log(index: Index) -> None:
-    connection = index._connection
+    connection = index._db._connection
     assert connection.execute("PRAGMA journal_mode").fetchone() == (b"wal",)
     assert connection.execute("PRAGMA synchronous").fetchone() == (1,)
     assert connection.execute("PRAGMA trusted_schema").fetchone() == (0,)
@@ -481,6 +481,6 @@ def look_at() -> Callable[[Index], None]:
         index.add(row(1), lambda: True, lambda _: None)
         assert index.find("key-1") == row(1)
         # Without locks there is no log either.
-        assert index._connection.execute("PRAGMA journal_mode").fetchone() != (b"wal",)
+        assert index._db._connection.execute("PRAGMA journal_mode").fetchone() != (b"wal",)
 
     return check

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from nexus_ext.cache import RemoteStore, Tier, TieredStore
+from nexus_ext.cache.levels import Levels
 from nexus_ext.cache.zone import Zone
 
 PAGE = 4096
@@ -48,7 +49,7 @@ def die_in_a_move(folder: Path, is_down: bool) -> None:
         Zone.evict = die  # type: ignore[method-assign, assignment]
         one.put("layer/1", [layer(1)])
     else:
-        TieredStore._settle = die  # type: ignore[method-assign, assignment]
+        Levels._end_original = die  # type: ignore[method-assign, assignment]
         one.get("layer/0")
 
 

@@ -46,7 +46,9 @@ def _verify(zone: Zone, report: Callable[[Exception], object]) -> VerifyReport:
         except (CorruptCheckpoint, ReadError) as error:
             report(error)
             bad.append((path, str(error)))
-            zone.set_aside(digest, inode)
+            # Without a number it was not the disk that refused.
+            if isinstance(error, CorruptCheckpoint) or error.errno is not None:
+                zone.set_aside(digest, inode)
             continue
         num_blobs += 1
         nbytes += header.nbytes

@@ -18,13 +18,22 @@ import torch
 from nexus_ext.cache.blob import view_of
 from nexus_ext.errors import CorruptCheckpoint, MissingExtra
 
-__all__ = ["Decision", "compress", "decide", "decompress_into", "require_zstd"]
+__all__ = [
+    "Decision",
+    "check_promise",
+    "compress",
+    "decide",
+    "decompress_into",
+    "require_zstd",
+]
 
 LEVEL = 1  # weights are noise and exponents: higher levels cost time and gain next to nothing
 _SAMPLE_BYTES = 1 << 20
 _PIECE_BYTES = 4 << 20
 # What a frame may ask for to be decompressed, whatever it says.
 _MAX_WINDOW_BYTES = 128 << 20
+# A block of 128 KiB takes four bytes at least.
+_MOST_RATIO = 1 << 15
 # A gain that is smaller is lost again in what is not measured.
 _LEAST_RATIO = 1.02
 
@@ -126,6 +135,14 @@ def compress(parts: Sequence[torch.Tensor]) -> torch.Tensor:
             packed += packer.compress(view[start : start + _PIECE_BYTES])
     packed += packer.flush()
     return torch.frombuffer(packed, dtype=torch.uint8)
+
+
+def check_promise(nbytes: int, packed_nbytes: int, name: str) -> None:
+    """Raises CorruptCheckpoint where no frame so long can hold so many plain bytes: then no memory
+    is taken for them.
+    """
+    if not 0 <= nbytes <= packed_nbytes * _MOST_RATIO:
+        raise _corrupt(name, f"{packed_nbytes} bytes promise {nbytes}")
 
 
 def decompress_into(

@@ -9,13 +9,9 @@ cache is never a reason to fail: what the disk refuses is counted and reported, 
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,16 +20,16 @@ from typing import Any, Literal, get_args
 import torch
 
 from nexus_ext.cache import holds
-from nexus_ext.cache.blob import Header, Part, tensors_of
 from nexus_ext.cache.checking import verify_zones
 from nexus_ext.cache.index import Row
+from nexus_ext.cache.ledger import Ledger
+from nexus_ext.cache.parts import Part, tensors_of
 from nexus_ext.cache.reading import BlockMode
 from nexus_ext.cache.report import DiskStats, Entry, VerifyReport, ZoneStats
-from nexus_ext.cache.room import Room
-from nexus_ext.cache.rotation import Rotation
 from nexus_ext.cache.totals import Totals
-from nexus_ext.cache.touches import Touches
-from nexus_ext.cache.zone import Zone
+from nexus_ext.cache.uses import Uses
+from nexus_ext.cache.writing import Admission, Writer, is_full
+from nexus_ext.cache.zone import Fate, Zone
 from nexus_ext.engine import Faults
 from nexus_ext.errors import (
     ConfigError,
@@ -46,11 +42,6 @@ from nexus_ext.errors import (
 from nexus_ext.memory import parse_bytes
 
 __all__ = ["Admission", "DiskTier"]
-
-# On a full disk the index needs some room too, to say what went.
-_SLACK_BYTES = 256 << 10
-
-Admission = Literal["always", "second-touch"]
 
 
 class DiskTier:
@@ -99,23 +90,25 @@ class DiskTier:
             )
         if io not in ("direct", "buffered"):
             raise ConfigError(f"io of a disk tier must be direct or buffered, got {io!r}.")
-        self._admission = admission
         self._max_bytes = parse_bytes(max_bytes)
         budget = write_budget_bytes_per_day
-        self._write_budget = None if budget is None else parse_bytes(budget)
         mode = BlockMode(io, use_uring, faults)
-        self._zones = [Zone(folder, shared, mode) for folder in dict.fromkeys(folders)]
-        self._touches = {zone.folder.path: Touches(zone.index) for zone in self._zones}
-        self._rotation = Rotation(len(self._zones))
-        self._counts: Counter[str] = Counter()
-        self._said = {"io_mode": "", "reader": "", "last_error": ""}
-        self._lock = threading.Lock()  # of counts, and of the clock
-        self._latest_ns = 0
-        self._room = Room(self._zones, self._max_bytes, self._count, self._let_go)
-        self._totals = Totals([zone.index for zone in self._zones if zone.is_writable])
+        self._zones = _open_zones(dict.fromkeys(folders), shared, mode)
+        writable = [zone.index for zone in self._zones if zone.is_writable]
+        self._ledger = Ledger(Totals(writable))
+        self._uses = Uses(self._zones, self._ledger)
+        self._writer = Writer(
+            self._zones,
+            self._ledger,
+            self._uses,
+            self._let_go,
+            max_bytes=self._max_bytes,
+            write_budget=None if budget is None else parse_bytes(budget),
+            admission=admission,
+        )
         self._pid = os.getpid()
         self._is_closed = False
-        self._tidy()
+        self._writer.tidy()
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -123,12 +116,12 @@ class DiskTier:
         """What lies under a key, which counts as used now; reads no payload."""
         self._check_open()
         found = self._find(key)
-        self._count("misses" if found is None else "hits")
-        self._tell(only_if_due=True)
+        self._ledger.count("misses" if found is None else "hits")
+        self._ledger.tell(only_if_due=True)
         if found is None:
             return None
         zone, row = found
-        self._touch(zone, row.digest)
+        self._uses.note(zone, row.digest)
         return zone.entry(row)
 
     def read(self, entry: Entry, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -160,18 +153,15 @@ class DiskTier:
                 f"An entry can be read while it is there; {entry.path} was evicted. Fetch its "
                 "bytes again; `hold` an entry that must stay."
             ) from None
-        except CorruptCheckpoint as error:
-            self._fail("corruptions", error)
+        except (CorruptCheckpoint, ReadError) as error:
+            self._ledger.fail_reading(error)
             raise
-        except ReadError as error:
-            self._fail("read_errors", error)
-            raise
-        self._count("reads")
-        self._count("read_ns", time.perf_counter_ns() - began)
-        self._count("read_bytes", report.nbytes)
-        self._count("second_readings", report.num_second)
-        self._said["io_mode"] = "direct" if report.is_direct else "buffered"
-        self._said["reader"] = "io_uring" if report.is_ring else "threads"
+        self._ledger.count("reads")
+        self._ledger.count("read_ns", time.perf_counter_ns() - began)
+        self._ledger.count("read_bytes", report.nbytes)
+        self._ledger.count("second_readings", report.num_second)
+        self._ledger.said["io_mode"] = "direct" if report.is_direct else "buffered"
+        self._ledger.said["reader"] = "io_uring" if report.is_ring else "threads"
         return payload
 
     def load(self, key: str, out: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -186,8 +176,8 @@ class DiskTier:
         try:
             return self.read(entry, out)
         except (CorruptCheckpoint, ReadError):  # counted there
-            self._count("hits", -1)
-            self._count("misses")
+            self._ledger.count("hits", -1)
+            self._ledger.count("misses")
             return None
 
     @contextmanager
@@ -207,13 +197,13 @@ class DiskTier:
         try:
             yield None if found is None else found[0].entry(found[1])
         finally:
-            if path is not None:
+            if path is not None and self._pid == os.getpid():
                 holds.let_go(path)
 
     def entries(self) -> list[Entry]:
         """All of them, the one used longest ago first."""
         self._check_open()
-        self._flush()
+        self._uses.flush()
         found = [(row.used_ns, zone.entry(row)) for zone in self._zones for row in self._rows(zone)]
         return [entry for _, entry in sorted(found, key=lambda one: one[0])]
 
@@ -248,10 +238,10 @@ class DiskTier:
         self._check_open()
         tensors = tensors_of(parts)
         try:
-            return self._put(key, tensors, kind, about or {})
+            return self._writer.put(key, tensors, kind, about or {}, self._find(key))
         except (WriteError, ReadError) as error:
-            full = _is_full(error)
-            self._fail("refused_full" if full else "write_errors", error)
+            full = is_full(error)
+            self._ledger.fail("refused_full" if full else "write_errors", error)
             return None
 
     def evict(self, key: str) -> bool:
@@ -277,8 +267,8 @@ class DiskTier:
             ReadError, WriteError: An index cannot be used.
         """
         self._check_open()
-        report = verify_zones(self._zones, lambda error: self._fail("corruptions", error))
-        self._tidy()
+        report = verify_zones(self._zones, self._ledger.fail_reading)
+        self._writer.tidy()
         return report
 
     # -- the whole --------------------------------------------------------------------------------
@@ -290,8 +280,8 @@ class DiskTier:
             ConfigError: There is no such counter.
         """
         self._check_open()
-        self._totals.check(name)
-        self._count(name, number)
+        Totals.check(name)
+        self._ledger.count(name, number)
 
     def totals(self) -> dict[str, int]:
         """Counters of all processes since the index was made; what others gathered and did not
@@ -301,16 +291,13 @@ class DiskTier:
             ReadError: The index cannot be read.
         """
         self._check_open()
-        self._tell()
-        return self._totals.read()
+        return self._ledger.totals()
 
     def stats(self) -> DiskStats:
         """Counters and the state of every zone."""
         self._check_open()
         zones = tuple(self._stats_of(zone) for zone in self._zones)
-        with self._lock:
-            names = [n for n, kind in DiskStats.__annotations__.items() if kind == "int"]
-            fields: dict[str, Any] = {name: self._counts[name] for name in names} | self._said
+        fields = self._ledger.fields()
         fields["entries"] = sum(zone.entries for zone in zones)
         fields["stored_bytes"] = sum(zone.stored_bytes for zone in zones)
         fields["max_bytes"] = self._max_bytes
@@ -320,7 +307,7 @@ class DiskTier:
         """Write down what was used when, and close. May be called twice."""
         if self._is_closed or self._pid != os.getpid():
             return
-        self._flush()
+        self._uses.flush()
         self._is_closed = True
         for zone in self._zones:
             zone.index.close()
@@ -338,83 +325,6 @@ class DiskTier:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _put(
-        self, key: str, tensors: Sequence[torch.Tensor], kind: str, about: Mapping[str, Any]
-    ) -> Entry | None:
-        writable = [zone for zone in self._zones if zone.is_writable]
-        known = self._find(key)
-        if not writable:
-            return self._refuse("read_only")
-        is_new = known is None and self._admission == "second-touch"
-        if is_new and not writable[0].index.was_seen(key):
-            return self._refuse("first_touch")
-        header = Header.of(key, kind, about, self._now_ns(), tensors)
-        if known is not None and known[1].digest == header.sha256:
-            self._count("puts_known")
-            self._touch(known[0], header.sha256)
-            return known[0].entry(known[1])
-        if known is not None and not known[0].is_writable:
-            return self._refuse("read_only")  # what lies there could come back
-        row = Row(
-            key,
-            header.sha256,
-            kind,
-            json.dumps(dict(about)),
-            header.created_ns,
-            header.nbytes,
-            header.stored_bytes,
-            header.created_ns,
-        )
-        for zone in writable if known is None else [known[0]]:
-            if zone.index.has(header.sha256) and zone.adopt(row):
-                self._count("puts_known")
-                return zone.entry(row)
-        if header.stored_bytes > self._max_bytes:
-            return self._refuse("too_large")
-        if not self._may_write(header.file_nbytes):
-            return self._refuse("write_budget")
-        zone = known[0] if known is not None else self._next_zone()
-        return self._write(zone, header, row, tensors)
-
-    def _write(
-        self, zone: Zone, header: Header, row: Row, tensors: Sequence[torch.Tensor]
-    ) -> Entry | None:
-        self._flush()
-        for is_last in (False, True):
-            try:
-                with self._room.lock:
-                    if not self._room.make(row.stored):
-                        return self._refuse("full")
-                    name = zone.announce(row)
-                zone.write(name, header, row, tensors)
-                break
-            except WriteError as error:
-                # A full disk may be full of what is used less.
-                wanted = row.stored + _SLACK_BYTES
-                if is_last or not _is_full(error) or not self._room.free(zone, wanted):
-                    raise
-        for other in self._zones:
-            if other is not zone and other.is_writable:
-                other.forget_key(row.key)  # another process may have put it there meanwhile
-        self._count("puts")
-        self._count("payload_bytes", row.nbytes)
-        self._count("written_bytes", header.file_nbytes)
-        return zone.entry(row)
-
-    def _next_zone(self) -> Zone:
-        free = [zone.folder.free_bytes() if zone.is_writable else 0 for zone in self._zones]
-        chosen = self._rotation.next(free)
-        if chosen is None:  # all are full to the last byte: one of them evicts
-            chosen = next(i for i, zone in enumerate(self._zones) if zone.is_writable)
-        return self._zones[chosen]
-
-    def _may_write(self, nbytes: int) -> bool:
-        if self._write_budget is None:
-            return True
-        now = time.time_ns()
-        used = sum(zone.index.written_bytes_of_day(now) for zone in self._zones)
-        return used + nbytes <= self._write_budget
-
     def _find(self, key: str) -> tuple[Zone, Row] | None:
         """Of several zones the one that was put last."""
         found = []
@@ -422,7 +332,7 @@ class DiskTier:
             try:
                 row = zone.find(key)
             except ReadError as error:
-                self._fail("index_errors", error)
+                self._ledger.fail("index_errors", error)
                 continue
             if row is not None:
                 found.append((zone, row))
@@ -432,21 +342,21 @@ class DiskTier:
         try:
             return zone.index.rows()
         except ReadError as error:
-            self._fail("index_errors", error)
+            self._ledger.fail("index_errors", error)
             return []
 
     def _stats_of(self, zone: Zone) -> ZoneStats:
         try:
             return zone.stats(time.time_ns())
         except ReadError as error:
-            self._fail("index_errors", error)
+            self._ledger.fail("index_errors", error)
             free = zone.folder.free_bytes()
             return ZoneStats(
                 zone.folder.path, 0, 0, free, 0, 0, zone.index.num_rebuilds, str(error)
             )
 
-    def _let_go(self, zone: Zone, digest: bytes) -> bool:
-        """Remove a blob because there is no room for it. False while it is held.
+    def _let_go(self, zone: Zone, digest: bytes) -> Fate:
+        """Remove a blob because there is no room for it, unless it is held.
 
         Raises:
             ReadError, WriteError: The indexes cannot be used, or the file not be removed.
@@ -457,9 +367,9 @@ class DiskTier:
         if not zone.is_writable:
             return False
         try:
-            return zone.evict(digest)
+            return zone.evict(digest) is Fate.REMOVED
         except WriteError as error:
-            self._fail("write_errors", error)
+            self._ledger.fail("write_errors", error)
             return False
 
     def _zone_of(self, folder: Path) -> Zone:
@@ -471,56 +381,6 @@ class DiskTier:
             f"{', '.join(str(zone.folder.path) for zone in self._zones)}."
         )
 
-    def _tidy(self) -> None:
-        """No more than is allowed, whoever put it there."""
-        try:
-            with self._room.lock:
-                self._room.make(0)
-        except (WriteError, ReadError) as error:
-            self._fail("write_errors", error)
-
-    def _touch(self, zone: Zone, digest: bytes) -> None:
-        if not zone.is_writable:
-            return
-        try:
-            self._touches[zone.folder.path].add(digest, self._now_ns())
-        except WriteError as error:
-            self._fail("index_errors", error)
-
-    def _tell(self, only_if_due: bool = False) -> None:
-        with self._lock:
-            counts = Counter(self._counts)
-        try:
-            self._totals.tell(counts, only_if_due)
-        except WriteError as error:
-            self._fail("index_errors", error)
-
-    def _flush(self) -> None:
-        self._tell()
-        for zone in self._zones:
-            try:
-                self._touches[zone.folder.path].flush()
-            except WriteError as error:
-                self._fail("index_errors", error)
-
-    def _now_ns(self) -> int:
-        """Later than ever before here, also when the clock is set back."""
-        with self._lock:
-            self._latest_ns = max(time.time_ns(), self._latest_ns + 1)
-            return self._latest_ns
-
-    def _refuse(self, why: str) -> Entry | None:
-        self._count(f"refused_{why}")
-        return None
-
-    def _count(self, name: str, number: int = 1) -> None:
-        with self._lock:
-            self._counts[name] += number
-
-    def _fail(self, name: str, error: Exception) -> None:
-        self._count(name)
-        self._said["last_error"] = str(error)
-
     def _check_open(self) -> None:
         if self._pid != os.getpid():
             raise ForkedEngine(
@@ -531,8 +391,14 @@ class DiskTier:
             raise EngineClosed("A disk tier must be open; this one was closed. Open another one.")
 
 
-def _is_full(error: Exception) -> bool:
-    cause = error.__cause__
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "is full" in str(cause)  # what SQLite says
+def _open_zones(folders: Iterable[Path], shared: bool, mode: BlockMode) -> list[Zone]:
+    """All of them, or none stays open."""
+    zones: list[Zone] = []
+    try:
+        for folder in folders:
+            zones.append(Zone(folder, shared, mode))
+    except BaseException:
+        for zone in zones:
+            zone.index.close()
+        raise
+    return zones

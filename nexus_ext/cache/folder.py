@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nexus_ext.cache.index_file import unfinished_owner
-from nexus_ext.errors import ConfigError
+from nexus_ext.errors import ConfigError, ReadError
 from nexus_ext.owners import OWNER, Owner
 
 __all__ = ["Folder", "remove_if_possible"]
@@ -89,6 +89,13 @@ class Folder:
         """A name below `blobs` that no process ever had, beside where the blob will be."""
         return f"{digest.hex()[:2]}/.{Owner.current()}.{next(_numbers)}.tmp"
 
+    @staticmethod
+    def new_probe() -> str:
+        """A name below `blobs` for what no index hears of: it lies where every opening looks for
+        what the dead left.
+        """
+        return f".{Owner.current()}.{next(_numbers)}.tmp"
+
     def every_blob(self) -> Iterator[tuple[bytes, Path]]:
         """Digest and path of all that is called like a blob."""
         for inner in _entries(self.blobs):
@@ -128,9 +135,24 @@ class Folder:
             if self.is_abandoned(name):
                 remove_if_possible(self.blobs / name)
 
+    def set_aside(self, blob: Path) -> None:
+        """Move a blob into quarantine; the one that lay there goes. Raises OSError."""
+        self.quarantine.mkdir(exist_ok=True, mode=self.folder_mode)
+        if self.quarantine.is_symlink():  # what lies behind it is no business of ours
+            blob.unlink(missing_ok=True)
+            return
+        for old in _entries(self.quarantine):
+            if _BLOB.fullmatch(old.name):
+                Path(old.path).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.rename(blob, self.quarantine / blob.name)
+
     def free_bytes(self) -> int:
-        """Of the file system, for this user."""
-        info = os.statvfs(self.path)
+        """Of the file system, for this user; 0 where it cannot be asked."""
+        try:
+            info = os.statvfs(self.path)
+        except OSError:
+            return 0
         return info.f_bavail * info.f_frsize
 
     def _try_to_write(self) -> str:
@@ -139,7 +161,7 @@ class Folder:
         """
         try:
             self.blobs.mkdir(exist_ok=True, mode=self.folder_mode)
-            probe = self.blobs / f".{Owner.current()}.{next(_numbers)}.tmp"
+            probe = self.blobs / self.new_probe()
             os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, self.file_mode))
             probe.unlink()
         except OSError as error:
@@ -162,11 +184,17 @@ def _is_dead(owner: Owner, path: Path, began_seconds: float = 0) -> bool:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Raises ReadError where there may be some that cannot be seen now."""
     try:
         with os.scandir(folder) as found:
             return list(found)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
+    except OSError as error:
+        raise ReadError(
+            f"A cache must be able to look into its folders; {folder} cannot be looked into: "
+            f"{error.strerror}. Look at the disk, and at how many files may be open."
+        ) from error
 
 
 def _judge(path: Path, shared: bool) -> None:

@@ -8,81 +8,20 @@ file costs time, and never a wrong byte.
 from __future__ import annotations
 
 import hashlib
-import sqlite3
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
-from nexus_ext.cache.index_file import (
-    Connection,
-    IndexFile,
-    frozen_rows,
-    is_broken,
-    memory_index,
-)
-from nexus_ext.errors import ReadError, WriteError
+from nexus_ext.cache.index_connection import IndexConnection
+from nexus_ext.cache.index_file import Connection, frozen_rows
+from nexus_ext.cache.index_row import QUERY, Row, encode
 
 __all__ = ["Index", "Row"]
-
-T = TypeVar("T")
 
 # Keys that were refused once are remembered up to here, the latest ones.
 _MOST_SEEN = 1 << 16
 # A day in slots of ten minutes.
 _SLOT_NS = 600 * 10**9
 _DAY_SLOTS = 144
-_ROW = (
-    "SELECT names.key, names.digest, kind, about, created, nbytes, stored, used, uses, seal "
-    "FROM names JOIN blobs ON names.digest = blobs.digest"
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A key and what lies under it.
-
-    Attributes:
-        key: Of the caller.
-        digest: SHA-256 of the payload: which blob.
-        kind, about: As in the blob's header; `about` is JSON.
-        created_ns, used_ns: Nanoseconds since 1970.
-        nbytes: Of the payload.
-        stored: Bytes that the blob takes of its disk.
-        uses: How often it was asked for.
-    """
-
-    key: str
-    digest: bytes
-    kind: str
-    about: str
-    created_ns: int
-    nbytes: int
-    stored: int
-    used_ns: int
-    uses: int = 0
-
-    def seal(self) -> bytes:
-        """Over what must not be mistaken; when it was used may be."""
-        fields = [self.key, self.kind, self.about, str(self.created_ns), str(self.nbytes)]
-        parts = [self.digest, *(_encode(field) for field in fields)]
-        framed = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
-        return hashlib.blake2b(framed, digest_size=16).digest()
-
-    @classmethod
-    def parse(cls, values: tuple[object, ...]) -> Row | None:
-        """Of `_ROW`; None for one that was not written so."""
-        *fields, seal = values
-        if [*map(type, fields)] != [*(bytes,) * 4, *(int,) * 5]:
-            return None
-        key, digest, kind, about, *numbers = cast("tuple[Any, ...]", fields)
-        try:
-            row = cls(_decode(key), digest, _decode(kind), _decode(about), *numbers)
-        except UnicodeDecodeError:
-            return None
-        return row if len(row.digest) == 32 and seal == row.seal() else None
 
 
 class Index:
@@ -105,53 +44,50 @@ class Index:
         Raises:
             WriteError: It cannot be kept there.
         """
-        self._folder = folder
-        self._mode = mode
         self._scan = scan
-        self._lock = threading.RLock()
-        self._file: IndexFile | None = None
-        self.num_rebuilds = 0
         if in_memory:
-            kept = frozen_rows(folder, f"{_ROW} ORDER BY used")
+            kept = frozen_rows(folder, f"{QUERY} ORDER BY used")
             rows = None if kept is None else [row for row in map(Row.parse, kept) if row]
             self._scan = scan if rows is None else lambda: rows
-            self._connection = memory_index(self._fill)
-        else:
-            self._open()
+        self._db = IndexConnection(folder, mode, self._fill, in_memory=in_memory)
+
+    @property
+    def num_rebuilds(self) -> int:
+        """How often it was made from the blobs, by this one."""
+        return self._db.num_rebuilds
 
     def close(self) -> None:
         """May be called twice."""
-        with self._lock:
-            self._connection.close()
+        self._db.close()
 
     # -- reading ----------------------------------------------------------------------------------
 
     def find(self, key: str) -> Row | None:
         """What lies under a key. A row that is not what was written counts as none."""
-        found = self._read(lambda db: db.execute(f"{_ROW} WHERE key = ?", (_encode(key),)))
+        found = self._db.read(f"{QUERY} WHERE key = ?", (encode(key),))
         return Row.parse(found[0]) if found else None
 
     def rows(self) -> list[Row]:
         """All of them, the one used longest ago first."""
-        found = map(Row.parse, self._read(lambda db: db.execute(f"{_ROW} ORDER BY used")))
+        found = map(Row.parse, self._db.read(f"{QUERY} ORDER BY used"))
         return [row for row in found if row is not None]
 
     def rows_of(self, digest: bytes) -> list[Row]:
         """The keys of one blob."""
-        query = f"{_ROW} WHERE names.digest = ?"
-        found = map(Row.parse, self._read(lambda db: db.execute(query, (digest,))))
+        query = f"{QUERY} WHERE names.digest = ?"
+        found = map(Row.parse, self._db.read(query, (digest,)))
         return [row for row in found if row is not None]
 
     def has(self, digest: bytes) -> bool:
         """Whether a blob is known."""
         query = "SELECT 1 FROM blobs WHERE digest = ?"
-        return bool(self._read(lambda db: db.execute(query, (digest,))))
+        return bool(self._db.read(query, (digest,)))
 
     def num_blobs(self) -> int:
-        return _number(self._read(lambda db: db.execute("SELECT COUNT(*) FROM blobs")))
+        return self._db.number("SELECT COUNT(*) FROM blobs")
 
     def num_names(self) -> int:
-        return _number(self._read(lambda db: db.execute("SELECT COUNT(*) FROM names")))
+        return self._db.number("SELECT COUNT(*) FROM names")
 
     def stored_bytes(self) -> int:
         """What the blobs take of the disk, those included that are just being written."""
@@ -159,19 +95,23 @@ class Index:
             "SELECT (SELECT COALESCE(SUM(stored), 0) FROM blobs) + "
             "(SELECT COALESCE(SUM(stored), 0) FROM pending)"
         )
-        return _number(self._read(lambda db: db.execute(query)))
+        return self._db.number(query)
+
+    def pending_bytes(self) -> int:
+        """Of what is just being written."""
+        return self._db.number("SELECT COALESCE(SUM(stored), 0) FROM pending")
 
     def oldest(self, limit: int) -> list[tuple[int, bytes, int]]:
         """(when used, digest, stored bytes) of the blobs used longest ago."""
         query = "SELECT used, digest, stored FROM blobs ORDER BY used LIMIT ?"
-        found = self._read(lambda db: db.execute(query, (limit,)))
+        found = self._db.read(query, (limit,))
         return [row for row in found if [*map(type, row)] == [int, bytes, int]]  # type: ignore[misc]
 
     def pending(self) -> list[tuple[bytes, bytes, float]]:
         """(temporary, digest, began in seconds since 1970) of what is being written, or was when a
         process died.
         """
-        found = self._read(lambda db: db.execute("SELECT temporary, digest, began FROM pending"))
+        found = self._db.read("SELECT temporary, digest, began FROM pending")
         kinds = [bytes, bytes, int]
         return [
             (row[0], row[1], row[2] / 1e9)  # type: ignore[misc, operator]
@@ -185,23 +125,23 @@ class Index:
         # What a clock that was wrong put into the far future does not count.
         query = "SELECT COALESCE(SUM(nbytes), 0) FROM written WHERE slot > ? AND slot <= ?"
         span = (slot - _DAY_SLOTS, slot + _DAY_SLOTS)
-        return _number(self._read(lambda db: db.execute(query, span)))
+        return self._db.number(query, span)
 
     def tally(self, name: str) -> int:
         """A counter that outlives processes: "written", "payload", and those of `count`."""
         query = "SELECT COALESCE(SUM(value), 0) FROM tallies WHERE name = ?"
-        return _number(self._read(lambda db: db.execute(query, (_encode(name),))))
+        return self._db.number(query, (encode(name),))
 
     # -- writing ----------------------------------------------------------------------------------
 
     def begin(self, temporary: str, row: Row) -> None:
         """A blob is going to be written; its bytes count from now on."""
-        values = (_encode(temporary), row.digest, row.stored, row.used_ns)
+        values = (encode(temporary), row.digest, row.stored, row.used_ns)
 
         def act(db: Connection) -> None:
             db.execute("INSERT OR REPLACE INTO pending VALUES (?, ?, ?, ?)", values)
 
-        self._write(act)
+        self._db.write(act)
 
     def add(
         self,
@@ -229,33 +169,33 @@ class Index:
         def act(db: Connection) -> bool:
             if not is_there():
                 return False
-            old = db.execute("SELECT digest FROM names WHERE key = ?", (_encode(row.key),))
+            old = db.execute("SELECT digest FROM names WHERE key = ?", (encode(row.key),))
             for (digest,) in old.fetchall():
                 if digest != row.digest:
                     _remove(db, digest, unlink)
             _enter(db, row)
             if temporary is not None:
-                db.execute("DELETE FROM pending WHERE temporary = ?", (_encode(temporary),))
+                db.execute("DELETE FROM pending WHERE temporary = ?", (encode(temporary),))
             if written:
                 _note_written(db, row.used_ns, written, row.nbytes)
             return True
 
-        return self._write(act)
+        return self._db.write(act)
 
     def remove(
         self,
         digest: bytes,
         unlink: Callable[[bytes], None],
         is_wanted: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """Forget a blob with all its names, and unlink its file (see `add`).
+    ) -> bool:
+        """Forget a blob with all its names, and unlink its file (see `add`); whether it was known.
 
         Args:
             digest: Which.
             unlink: Removes the file.
             is_wanted: Asked inside the transaction, where nobody can change what it looks at.
         """
-        self._write(lambda db: _remove(db, digest, unlink) if is_wanted() else None)
+        return self._db.write(lambda db: is_wanted() and _remove(db, digest, unlink))
 
     def clean(self, temporary: bytes, digest: bytes, unlink: Callable[[bytes], None]) -> None:
         """What was begun and not ended: its note, and its blob unless that has a name, or somebody
@@ -271,7 +211,7 @@ class Index:
             if len(digest) == 32:
                 unlink(digest)
 
-        self._write(act)
+        self._db.write(act)
 
     def touch(self, used: Mapping[bytes, tuple[int, int]]) -> None:
         """By digest: when it was used last, and how often since the last call."""
@@ -281,7 +221,7 @@ class Index:
         def act(db: Connection) -> None:
             db.executemany(statement, rows)
 
-        self._write(act)
+        self._db.write(act)
 
     def count(self, numbers: Mapping[str, int]) -> None:
         """Add to counters that outlive processes; they begin anew with the index.
@@ -293,11 +233,11 @@ class Index:
         def act(db: Connection) -> None:
             _add_tallies(db, numbers)
 
-        self._write(act)
+        self._db.write(act)
 
     def was_seen(self, key: str) -> bool:
         """Whether a key was asked about before; it is remembered from now on."""
-        number = hashlib.blake2b(_encode(key), digest_size=16).digest()
+        number = hashlib.blake2b(encode(key), digest_size=16).digest()
 
         def act(db: Connection) -> bool:
             if db.execute("SELECT 1 FROM seen WHERE key = ?", (number,)).fetchall():
@@ -306,70 +246,15 @@ class Index:
             db.execute("DELETE FROM seen WHERE number <= ?", (latest - _MOST_SEEN,))
             return False
 
-        return self._write(act)
+        return self._db.write(act)
 
     # -- the file ---------------------------------------------------------------------------------
-
-    def _open(self) -> None:
-        try:
-            self._file = IndexFile(self._folder, self._mode, self._fill)
-        except (sqlite3.Error, OSError) as error:
-            raise self._cannot("kept", error) from error
-        self._connection = self._file.connection
-        self.num_rebuilds += self._file.was_rebuilt
 
     def _fill(self, db: Connection) -> int:
         rows = list(self._scan())
         for row in rows:
             _enter(db, row)
         return len(rows)
-
-    def _read(self, query: Callable[[Connection], sqlite3.Cursor]) -> list[tuple[object, ...]]:
-        try:
-            return self._run(lambda db: query(db).fetchall())
-        except WriteError as error:
-            raise ReadError(str(error)) from error
-
-    def _write(self, act: Callable[[Connection], T]) -> T:
-        def transaction(db: Connection) -> T:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                result = act(db)
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-            return result
-
-        return self._run(transaction)
-
-    def _run(self, act: Callable[[Connection], T]) -> T:
-        """Run, and once more in a new file if this one is broken or was put aside meanwhile."""
-        with self._lock:
-            for is_last in (False, False, True):
-                try:
-                    result = act(self._connection)
-                except sqlite3.Error as error:
-                    if self._file is None or is_last or not is_broken(error):
-                        raise self._cannot("used", error) from error
-                    self._file.put_aside()
-                else:
-                    if is_last or self._file is None or self._file.is_current():
-                        return result
-                self._reopen()
-        raise AssertionError("the last round returns or raises")
-
-    def _reopen(self) -> None:
-        with suppress(sqlite3.Error):  # it is broken: that is why another one is opened
-            self._connection.close()
-        self._open()
-
-    def _cannot(self, what: str, error: Exception) -> WriteError:
-        return WriteError(
-            f"A cache keeps an index in its folder; the one in {self._folder} cannot be {what}: "
-            f"{error}. Look at its permissions and at the room on its disk; it may be deleted."
-        )
 
 
 def _enter(db: Connection, row: Row) -> None:
@@ -378,18 +263,19 @@ def _enter(db: Connection, row: Row) -> None:
         "stored = excluded.stored, used = MAX(used, excluded.used)",
         (row.digest, row.stored, row.used_ns, row.uses),
     )
-    fields = (_encode(row.key), row.digest, _encode(row.kind), _encode(row.about))
+    fields = (encode(row.key), row.digest, encode(row.kind), encode(row.about))
     db.execute(
         "INSERT OR REPLACE INTO names VALUES (?, ?, ?, ?, ?, ?, ?)",
         (*fields, row.created_ns, row.nbytes, row.seal()),
     )
 
 
-def _remove(db: Connection, digest: bytes, unlink: Callable[[bytes], None]) -> None:
+def _remove(db: Connection, digest: bytes, unlink: Callable[[bytes], None]) -> bool:
     db.execute("DELETE FROM names WHERE digest = ?", (digest,))
-    db.execute("DELETE FROM blobs WHERE digest = ?", (digest,))
+    was_known = db.execute("DELETE FROM blobs WHERE digest = ?", (digest,)).rowcount > 0
     if isinstance(digest, bytes) and len(digest) == 32:
         unlink(digest)
+    return was_known
 
 
 def _note_written(db: Connection, now_ns: int, written: int, payload: int) -> None:
@@ -406,20 +292,5 @@ def _add_tallies(db: Connection, numbers: Mapping[str, int]) -> None:
     statement = (
         "INSERT INTO tallies VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + ?"
     )
-    rows = [(_encode(name), value, value) for name, value in numbers.items()]
+    rows = [(encode(name), value, value) for name, value in numbers.items()]
     db.executemany(statement, rows)
-
-
-def _number(found: list[tuple[object, ...]]) -> int:
-    """Of a query for one number; a sum over damaged rows may be anything."""
-    value = found[0][0]
-    return value if isinstance(value, int) else 0
-
-
-def _encode(text: str) -> bytes:
-    # Names of files may hold what is no UTF-8.
-    return text.encode("utf-8", "surrogatepass")
-
-
-def _decode(data: bytes) -> str:
-    return data.decode("utf-8", "surrogatepass")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+import stat
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -89,6 +90,7 @@ def frozen_rows(folder: Path, query: str) -> list[tuple[object, ...]] | None:
         log = None if path is None else path.with_name(f"{path.name}-wal")
         if path is None or log is None or (log.exists() and log.stat().st_size > 0):
             return None
+        _judge_head(path)
         with closing(_connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1{_VFS}")) as found:
             _judge(found)
             return found.execute(query).fetchall()
@@ -128,14 +130,14 @@ class IndexFile:
         raise sqlite3.OperationalError(f"no index can be kept in {folder}")
 
     def is_current(self) -> bool:
-        """False once another process put the file aside."""
+        """False once another process put the file aside. Raises OSError."""
         try:
             return os.stat(self.path).st_ino == self._inode
         except FileNotFoundError:
             return False
 
     def put_aside(self) -> None:
-        """It is broken: whoever opens next makes another one."""
+        """It is broken: whoever opens next makes another one. Raises OSError."""
         _put_aside(self.path)
 
     def _open(self, path: Path) -> bool:
@@ -164,7 +166,10 @@ class IndexFile:
 
     def _make(self, fill: Fill) -> bool:
         """Link a whole new one into place, unless somebody else did; whether it replaces one."""
-        number = 1 + max((number for _, number, _ in _files(self._folder)), default=0)
+        found = _files(self._folder)
+        if any((kind, rest) == _WHOLE for kind, _, rest in found):
+            return False  # to replace one that is whole would lose what is just being entered there
+        number = 1 + max((number for _, number, _ in found), default=0)
         path = self._folder / f"index-{number:06}.sqlite"
         unique = f"{Owner.current()}.{os.urandom(8).hex()}"
         temporary = self._folder / f"new-index.{unique}.sqlite"
@@ -235,8 +240,13 @@ def _create(connection: Connection, fill: Fill) -> int:
 
 
 def _judge_head(path: Path) -> None:
-    with path.open("rb") as file:
-        head = file.read(20)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        # A pipe would be waited for.
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        head = os.pread(descriptor, 20, 0) if is_file else b""
+    finally:
+        os.close(descriptor)
     if head[18:20] not in _FORMATS:
         raise sqlite3.DatabaseError("another format")
 

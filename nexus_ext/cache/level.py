@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,17 +18,22 @@ import torch
 
 from nexus_ext.cache import holds
 from nexus_ext.cache.blob import Part, tensors_of, view_of
-from nexus_ext.cache.compression import Decision, compress, decide, decompress_into
+from nexus_ext.cache.compression import (
+    Decision,
+    check_promise,
+    compress,
+    decide,
+    decompress_into,
+)
 from nexus_ext.cache.disk import DiskTier
 from nexus_ext.cache.rates import Rate, rate_of
-from nexus_ext.cache.reading import BlockMode
+from nexus_ext.cache.reading import BlockMode, memory_for
 from nexus_ext.cache.report import Entry
 from nexus_ext.cache.work_locks import locked
-from nexus_ext.cache.zone import Zone
-from nexus_ext.device import Device
-from nexus_ext.errors import ConfigError, CorruptCheckpoint, ReadError
+from nexus_ext.cache.zone import Fate, Zone
+from nexus_ext.errors import CorruptCheckpoint, ReadError
 
-__all__ = ["ENCODED", "Level", "PackedEntry"]
+__all__ = ["ENCODED", "Level", "LevelOptions", "PackedEntry"]
 
 # What a compressed entry says about itself, and nobody else may.
 ENCODED = "nexus.zstd"
@@ -43,6 +48,16 @@ class PackedEntry(Entry):
     """
 
     stored: Entry
+
+
+@dataclass(frozen=True)
+class LevelOptions:
+    """What all tiers of a store have in common: see TieredStore."""
+
+    shared: bool
+    io: Literal["direct", "buffered"]
+    use_uring: bool
+    max_rate_age_seconds: float
 
 
 class Level(DiskTier):
@@ -60,20 +75,17 @@ class Level(DiskTier):
         max_bytes: int | str,
         below: Level | None,
         on_moved: Callable[[int], object],
+        options: LevelOptions,
         *,
         compress: Literal["auto", "off"],
         write_budget_bytes_per_day: int | str | None,
-        shared: bool,
-        io: Literal["direct", "buffered"],
-        use_uring: bool,
-        max_rate_age_seconds: float,
     ) -> None:
         """Open it, as DiskTier does.
 
         Args:
             below: Takes what goes from here.
             on_moved: Told the plain bytes of every entry that it took.
-            max_rate_age_seconds: When the rate is measured anew.
+            options: Of all tiers of a store.
         """
         self._below = below
         self._on_moved = on_moved
@@ -83,15 +95,14 @@ class Level(DiskTier):
             path,
             max_bytes,
             write_budget_bytes_per_day=write_budget_bytes_per_day,
-            shared=shared,
-            io=io,
-            use_uring=use_uring,
+            shared=options.shared,
+            io=options.io,
+            use_uring=options.use_uring,
         )
         zone = self._zones[0]
         self.folder = zone.folder.path
-        self.rate: Rate | None = rate_of(
-            zone.folder, BlockMode(io, use_uring), max_rate_age_seconds
-        )
+        mode = BlockMode(options.io, options.use_uring)
+        self.rate: Rate | None = rate_of(zone.folder, mode, options.max_rate_age_seconds)
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -120,27 +131,21 @@ class Level(DiskTier):
 
     def is_held(self, entry: Entry) -> bool:
         """Whether anybody in this process holds it."""
-        with holds.lock:
+        with holds.lock():
             return holds.is_held(entry.path)
 
     def read(self, entry: Entry, out: torch.Tensor | None = None) -> torch.Tensor:
         if not isinstance(entry, PackedEntry):
             return super().read(entry, out)
-        memory = Device.of("cpu").allocate(entry.nbytes) if out is None else out.detach().view(-1)
-        if (
-            memory.dtype != torch.uint8
-            or memory.device.type != "cpu"
-            or memory.nbytes != (entry.nbytes)
-        ):
-            raise ConfigError(
-                f"out must be {entry.nbytes} contiguous bytes (uint8) on the CPU, got "
-                f"{memory.numel()} of {memory.dtype} on {memory.device}."
-            )
+        if out is not None:
+            memory_for(entry.nbytes, out)
         packed = super().read(entry.stored)
         try:
+            check_promise(entry.nbytes, packed.nbytes, str(entry.path))
+            memory = memory_for(entry.nbytes, out)
             decompress_into([view_of(packed)], memory, entry.digest, str(entry.path))
         except CorruptCheckpoint as error:
-            self._fail("corruptions", error)
+            self._ledger.fail("corruptions", error)
             self._remove(self._zones[0], bytes.fromhex(entry.stored.digest))
             raise
         return memory
@@ -162,7 +167,7 @@ class Level(DiskTier):
             if self.decision.is_on:
                 known = self.look(key)
                 if known is not None and known.digest == _digest(tensors):
-                    self._count("puts_known")
+                    self._ledger.count("puts_known")
                     return known
                 said[ENCODED] = {
                     "nbytes": sum(part.nbytes for part in tensors),
@@ -174,18 +179,34 @@ class Level(DiskTier):
 
     def missed(self) -> None:
         """What was asked for was not here."""
-        self._count("misses")
+        self._ledger.count("misses")
+
+    # -- locks ------------------------------------------------------------------------------------
+
+    def moving(self, *, wait: bool = True) -> AbstractContextManager[bool]:
+        """While inside nobody else moves an entry into this tier or out of it; whether that is so
+        (see `work_locks`).
+        """
+        return self._locked("moves.lock", 0, wait)
+
+    def fetching(self, number: int) -> AbstractContextManager[bool]:
+        """While inside nobody else fetches what has this number."""
+        return self._locked("fetch.lock", number, True)
+
+    def _locked(self, name: str, number: int, wait: bool) -> AbstractContextManager[bool]:
+        mode = self._zones[0].folder.file_mode
+        return locked(self.folder / name, number, wait=wait, mode=mode)
 
     # -- down -------------------------------------------------------------------------------------
 
-    def _let_go(self, zone: Zone, digest: bytes) -> bool:
+    def _let_go(self, zone: Zone, digest: bytes) -> Fate:
         if self._below is None or not zone.is_writable:
             return zone.evict(digest)
-        with holds.lock:
+        with holds.lock():
             if holds.is_held(zone.folder.blob(digest)):
-                return False
+                return Fate.HELD
         # Else somebody who sees both copies could take the lower one while the upper one goes.
-        with locked(self._below.folder / "moves.lock"):
+        with self._below.moving():
             self._hand_down(zone, digest)
             return zone.evict(digest)
 
@@ -199,9 +220,7 @@ class Level(DiskTier):
         except FileNotFoundError:
             return  # another process was quicker
         except (CorruptCheckpoint, ReadError) as error:
-            self._fail(
-                "corruptions" if isinstance(error, CorruptCheckpoint) else "read_errors", error
-            )
+            self._ledger.fail_reading(error)
             return
         moved = None
         for entry in map(zone.entry, rows):

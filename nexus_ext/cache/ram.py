@@ -16,15 +16,17 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from nexus_ext.cache.blob import Part, tensors_of
 from nexus_ext.cache.private_segments import PrivateSegments
+from nexus_ext.cache.ram_report import RamStats
+from nexus_ext.cache.seen import Seen
 from nexus_ext.cache.segment import file_bytes, map_segment, memory_of, seal
 from nexus_ext.cache.shared_folder import Reserved, SharedFolder, default_folder
+from nexus_ext.cache.turns import Turns
 from nexus_ext.errors import (
     ConfigError,
     CorruptCheckpoint,
@@ -37,36 +39,6 @@ from nexus_ext.memory import parse_bytes
 __all__ = ["RamStats", "RamTier"]
 
 _DIGEST = re.compile(r"[0-9a-f]{16,128}", re.ASCII)
-
-
-@dataclass(frozen=True)
-class RamStats:
-    """What a RAM tier did in this process, and what is there now.
-
-    Attributes:
-        effective: "shared", "off", or "private: " and why.
-        max_bytes: The budget.
-        nbytes: Of all segments, other processes' too.
-        num_segments: That can be loaded now.
-        hits, misses: Of `load`.
-        fills: Segments made here.
-        evictions: Segments this process took away, to make room or because it was asked to.
-        corrupt: Segments that were not what they said, and were dropped.
-        refused: Fills there was no room for.
-        abandoned: Unfinished segments of dead processes that were removed.
-    """
-
-    effective: str
-    max_bytes: int
-    nbytes: int
-    num_segments: int
-    hits: int
-    misses: int
-    fills: int
-    evictions: int
-    corrupt: int
-    refused: int
-    abandoned: int
 
 
 class RamTier:
@@ -93,10 +65,10 @@ class RamTier:
         self.max_bytes = parse_bytes(max_bytes)
         self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._turns: dict[str, _Turn] = {}
+        self._turns = Turns()
         self._counts: Counter[str] = Counter()
         self._holds: Counter[str] = Counter()
-        self._checked: set[tuple[int, int]] = set()
+        self._seen = Seen()
         self._private = PrivateSegments(self._lock)
         self._folder: SharedFolder | None = None
         self._reason = "" if shared else "asked for"
@@ -148,7 +120,7 @@ class RamTier:
         """
         self._check_usable()
         name = _checked_name(digest)
-        with self._turn(name):
+        with self._turns.of(name):
             found = self._find(name)
             if found is not None:
                 return found
@@ -174,7 +146,7 @@ class RamTier:
 
     @contextmanager
     def hold(self, digest: str) -> Iterator[None]:
-        """Within the block this process does not take the segment away."""
+        """Within the block this tier does not take the segment away."""
         name = _checked_name(digest)
         with self._lock:
             self._holds[name] += 1
@@ -183,6 +155,8 @@ class RamTier:
         finally:
             with self._lock:
                 self._holds[name] -= 1
+                if not self._holds[name]:
+                    del self._holds[name]
 
     def evict(self, digest: str) -> bool:
         """Drop a segment that is not held; whether there was one. Who has loaded it keeps it."""
@@ -230,6 +204,7 @@ class RamTier:
         if descriptor is None and self._folder is not None:
             descriptor, is_own = _open(self._folder, name), False
         if descriptor is None:
+            self._seen.forget(name)
             return None
         try:
             return self._map(descriptor, name, check=not is_own)
@@ -241,30 +216,13 @@ class RamTier:
             os.close(descriptor)
 
     def _map(self, descriptor: int, name: str, *, check: bool) -> torch.Tensor:
-        info = os.fstat(descriptor)
-        identity = (info.st_dev, info.st_ino)
-        is_new = check and identity not in self._checked
+        is_new = check and not self._seen.has(name, descriptor)
         payload = map_segment(descriptor, f"segment {name}", check=is_new)
         if is_new:
-            self._checked.add(identity)
+            self._seen.remember(name, descriptor)
         return payload
 
     # -- filling -----------------------------------------------------------------------------
-
-    @contextmanager
-    def _turn(self, name: str) -> Iterator[None]:
-        """One thread at a time for each name."""
-        with self._lock:
-            turn = self._turns.setdefault(name, _Turn())
-            turn.num_users += 1
-        try:
-            with turn.lock:
-                yield
-        finally:
-            with self._lock:
-                turn.num_users -= 1
-                if turn.num_users == 0:
-                    del self._turns[name]
 
     def _reserve(self, nbytes: int) -> tuple[SharedFolder | PrivateSegments, Reserved] | None:
         """Where a new segment is to be, and its file; None where there is no room."""
@@ -301,9 +259,7 @@ class RamTier:
             write(memory)
             seal(place.descriptor, memory, phase)
             payload = map_segment(place.descriptor, f"segment {name}", check=False)
-            # What was written here is known.
-            info = os.fstat(place.descriptor)
-            self._checked.add((info.st_dev, info.st_ino))
+            self._seen.remember(name, place.descriptor)  # what was written here is known
             home.publish(place, name)
             self._count("fills")
             return payload
@@ -333,6 +289,7 @@ class RamTier:
             return True
 
     def _remove(self, name: str) -> bool:
+        self._seen.forget(name)
         was_private = self._private.remove(name)
         return (self._folder is not None and self._folder.remove(name)) or was_private
 
@@ -344,14 +301,6 @@ class RamTier:
             )
         if not self._finalizer.alive:
             raise EngineClosed("A RAM tier was closed before this use. Open another one.")
-
-
-@dataclass
-class _Turn:
-    """Who fills a segment now, and how many threads want to."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    num_users: int = 0
 
 
 def _open(folder: SharedFolder, name: str) -> int | None:

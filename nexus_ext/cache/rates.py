@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _PROBE_BYTES = 8 << 20
 # A reading that took so long is not worth repeating.
 _LONG_SECONDS = 0.25
 _MOST_KEPT_BYTES = 4096
+_IO_MODES = ("direct", "buffered")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def _measure(folder: Folder, mode: BlockMode) -> Rate:
     probe = torch.frombuffer(bytearray(os.urandom(_PROBE_BYTES)), dtype=torch.uint8)
     header = Header.of("rate", "probe", {}, time.time_ns(), [probe])
     # Names of temporaries: should this process die, whoever comes next removes them.
-    path, temporary = (folder.blobs / folder.new_temporary(header.sha256) for _ in range(2))
+    path, temporary = (folder.blobs / folder.new_probe() for _ in range(2))
     write_blob(path, temporary, header, [probe], folder.file_mode)
     try:
         descriptor = open_blob(path)
@@ -102,8 +104,7 @@ def _keep(folder: Folder, rate: Rate) -> None:
         "io_mode": rate.io_mode,
     }
     text = json.dumps(said | {"check": _check(said)}) + "\n"
-    temporary = folder.blobs / folder.new_temporary(bytes(32))
-    temporary.parent.mkdir(exist_ok=True, mode=folder.folder_mode)
+    temporary = folder.blobs / folder.new_probe()
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder.file_mode)
         with open(descriptor, "w") as file:
@@ -114,15 +115,19 @@ def _keep(folder: Folder, rate: Rate) -> None:
 
 
 def _kept(path: Path) -> Rate | None:
-    """None for anything that `_keep` did not write."""
+    """None for anything that `_keep` would not write."""
     try:
-        with path.open("rb") as file:
+        descriptor = open_blob(path)  # and no pipe, which would be waited for
+        with open(descriptor, "rb") as file:
             said = json.loads(file.read(_MOST_KEPT_BYTES))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, CorruptCheckpoint, ValueError, RecursionError):
         return None
     if not isinstance(said, dict) or said.pop("check", None) != _check(said):
         return None
-    return Rate(said["bytes_per_second"], said["measured_seconds"], said["io_mode"])
+    names = ("bytes_per_second", "measured_seconds", "io_mode")
+    rate, when, io_mode = (said.get(name, 0) for name in names)
+    are_numbers = all(type(one) is float and 0 < one < math.inf for one in (rate, when))
+    return Rate(rate, when, io_mode) if are_numbers and io_mode in _IO_MODES else None
 
 
 def _check(said: dict[str, object]) -> str:

@@ -19,7 +19,7 @@ from nexus_ext.engine import Faults
 from nexus_ext.errors import CheckpointChanged, ConfigError, CorruptCheckpoint, ReadError
 from nexus_ext.ops import native
 
-__all__ = ["BlockMode", "ReadReport", "check_blocks", "read_payload"]
+__all__ = ["BlockMode", "ReadReport", "check_blocks", "memory_for", "read_payload"]
 
 _NO_DEPTH = 0  # the reader's default
 # Checked through so much memory, whatever a blob weighs. A multiple of every sane block.
@@ -71,13 +71,25 @@ def read_payload(
             be opened.
         ConfigError: Another `out`.
     """
-    memory = Device.of("cpu").allocate(header.nbytes) if out is None else out.detach().view(-1)
-    if memory.dtype != torch.uint8 or memory.device.type != "cpu" or memory.nbytes != header.nbytes:
-        raise ConfigError(
-            f"out must be {header.nbytes} contiguous bytes (uint8) on the CPU, got {memory.numel()}"
-            f" of {memory.dtype} on {memory.device}."
-        )
+    memory = memory_for(header.nbytes, out)
     return memory, _read(descriptor, header, name, mode, 0, memory)
+
+
+def memory_for(nbytes: int, out: torch.Tensor | None) -> torch.Tensor:
+    """`out` as it is read into, flat; new memory on a page boundary where there is none.
+
+    Raises:
+        ConfigError: `out` is not so many bytes one behind the other on the CPU.
+    """
+    if out is None:
+        return Device.of("cpu").allocate(nbytes)
+    is_bytes = out.dtype == torch.uint8 and out.device.type == "cpu" and out.is_contiguous()
+    if not is_bytes or out.nbytes != nbytes:
+        raise ConfigError(
+            f"out must be {nbytes} contiguous bytes (uint8) on the CPU, got {out.numel()} of "
+            f"{out.dtype} on {out.device}, strides {tuple(out.stride())}."
+        )
+    return out.detach().view(-1)
 
 
 def check_blocks(descriptor: int, header: Header, name: str, mode: BlockMode) -> int:

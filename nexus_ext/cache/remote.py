@@ -11,20 +11,21 @@ import hashlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 
-from nexus_ext.cache.blob import Part, tensors_of, view_of
 from nexus_ext.cache.compression import (
     Decision,
+    check_promise,
     compress,
     decide,
     decompress_into,
     require_zstd,
 )
+from nexus_ext.cache.parts import Part, tensors_of, view_of
+from nexus_ext.cache.reading import memory_for
 from nexus_ext.cache.remote_files import PIECE_BYTES, RemoteFiles, unreachable
 from nexus_ext.cache.remote_object import (
     HEAD_NBYTES,
@@ -35,7 +36,8 @@ from nexus_ext.cache.remote_object import (
     check_digest,
     note_path,
 )
-from nexus_ext.device import Device
+from nexus_ext.cache.remote_report import RemoteStats
+from nexus_ext.cache.remote_wire import chained, copy_into, corrupt, cut_to, split
 from nexus_ext.errors import ConfigError, CorruptCheckpoint
 from nexus_ext.memory import parse_bytes
 
@@ -44,43 +46,6 @@ __all__ = ["RemoteStats", "RemoteStore"]
 Compress = Literal["auto", "on", "off"]
 # Below, latency is measured and not a rate.
 _TELLING_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class RemoteStats:
-    """Counters of this store since it was opened.
-
-    Attributes:
-        url: Without credentials.
-        hits, misses: Of `get` and `fetch`, by object.
-        puts, puts_known: Objects written; that were there already.
-        refused_corrupt: Objects and notes that were not what they should be.
-        refused_too_large: Objects beyond `max_object_bytes`.
-        refused_read_only: Puts into a store that cannot be written to.
-        unreachable: Times that the store could not be asked, or said no.
-        wire_bytes_in, plain_bytes_in: Read from it, and what that came to.
-        wire_bytes_out, plain_bytes_out: Written to it, and what that was.
-        link_bytes_per_second: Of what was read; None before a megabyte was.
-        decision: About compression, of what was put last.
-        last_error: Kind of the last error, and its number.
-    """
-
-    url: str
-    hits: int
-    misses: int
-    puts: int
-    puts_known: int
-    refused_corrupt: int
-    refused_too_large: int
-    refused_read_only: int
-    unreachable: int
-    wire_bytes_in: int
-    plain_bytes_in: int
-    wire_bytes_out: int
-    plain_bytes_out: int
-    link_bytes_per_second: float | None
-    decision: Decision | None
-    last_error: str
 
 
 class RemoteStore:
@@ -262,26 +227,36 @@ class RemoteStore:
         began = time.perf_counter()
         path = blob_path(self._files.root, digest)
         first = self._files.beginning(path, PIECE_BYTES)
-        head, rest = _split(first, digest)
+        head, rest = split(first, digest)
         if nbytes is not None and head.nbytes != nbytes:
-            raise _corrupt(digest, f"it promises {head.nbytes} bytes, and its note {nbytes}")
+            raise corrupt(digest, f"it promises {head.nbytes} bytes, and its note {nbytes}")
         if max(head.nbytes, head.wire_nbytes) > self._max_object_bytes:
             self._count("refused_too_large")
             return None
-        memory = _memory(head.nbytes, out)
+        self._check_promise(head, path, len(first), digest)
+        memory = memory_for(head.nbytes, out)
         pieces = self._files.pieces(path, len(first), HEAD_NBYTES + head.wire_nbytes)
-        wire = _cut_to(_chained(rest, pieces), head.wire_nbytes, digest)
+        wire = cut_to(chained(rest, pieces), head.wire_nbytes, digest)
         if head.encoding == "zstd":
             decompress_into(wire, memory, digest, f"the object {digest}")
             for _ in wire:
-                raise _corrupt(digest, "there is more behind what was compressed")
+                raise corrupt(digest, "there is more behind what was compressed")
         else:
-            _copy_into(wire, memory, digest)
+            copy_into(wire, memory, digest)
         with self._lock:
             self._read_seconds += time.perf_counter() - began
         self._count("wire_bytes_in", HEAD_NBYTES + head.wire_nbytes)
         self._count("plain_bytes_in", head.nbytes)
         return memory
+
+    def _check_promise(self, head: Head, path: str, have: int, digest: str) -> None:
+        """No memory is taken for bytes that are not there."""
+        if head.encoding == "zstd":
+            check_promise(head.nbytes, head.wire_nbytes, f"the object {digest}")
+        wanted = HEAD_NBYTES + head.wire_nbytes
+        size = self._files.size(path) if wanted > have else None
+        if size not in (None, wanted):
+            raise corrupt(digest, f"it has {size} bytes and promises {wanted}")
 
     def _put(self, digest: str, tensors: Sequence[torch.Tensor]) -> bool:
         if not self._files.is_writable:
@@ -340,57 +315,3 @@ class RemoteStore:
         self._count("unreachable")
         number = getattr(error, "errno", None)
         self._last_error = type(error).__name__ + (f" (errno {number})" if number else "")
-
-
-def _split(piece: bytes, digest: str) -> tuple[Head, memoryview]:
-    head = Head.decode(piece)
-    if head is None:
-        raise _corrupt(digest, "it does not begin as one")
-    return head, memoryview(piece)[HEAD_NBYTES:]
-
-
-def _chained(first: memoryview, pieces: Iterator[bytes]) -> Iterator[memoryview]:
-    yield first
-    for piece in pieces:
-        yield memoryview(piece)
-
-
-def _cut_to(pieces: Iterator[memoryview], nbytes: int, digest: str) -> Iterator[memoryview]:
-    """The pieces, if they have so many bytes together."""
-    have = 0
-    for piece in pieces:
-        have += piece.nbytes
-        if have > nbytes:
-            raise _corrupt(digest, f"it is longer than the {nbytes} bytes that it promised")
-        yield piece
-    if have < nbytes:
-        raise _corrupt(digest, f"it ends after {have} of {nbytes} bytes")
-
-
-def _copy_into(pieces: Iterator[memoryview], out: torch.Tensor, digest: str) -> None:
-    sha256, view, have = hashlib.sha256(), view_of(out), 0
-    for piece in filter(None, pieces):
-        sha256.update(piece)
-        view[have : have + piece.nbytes] = piece
-        have += piece.nbytes
-    if sha256.hexdigest() != digest:
-        raise _corrupt(digest, "its bytes have another digest")
-
-
-def _memory(nbytes: int, out: torch.Tensor | None) -> torch.Tensor:
-    if out is None:
-        return Device.of("cpu").allocate(nbytes)
-    memory = out.detach().view(-1)
-    if memory.dtype != torch.uint8 or memory.device.type != "cpu" or memory.nbytes != nbytes:
-        raise ConfigError(
-            f"out must be {nbytes} contiguous bytes (uint8) on the CPU, got {memory.numel()} of "
-            f"{memory.dtype} on {memory.device}."
-        )
-    return memory
-
-
-def _corrupt(digest: str, what: str) -> CorruptCheckpoint:
-    return CorruptCheckpoint(
-        f"An object in a shared store must be what its name says; {digest} is not: {what}. It "
-        "counts as a miss; put its bytes again."
-    )

@@ -105,10 +105,11 @@ class Note:
             CorruptCheckpoint: It is cut, damaged, or of another key.
         """
         try:
-            said = json.loads(data)
+            said = json.loads(data, parse_constant=_refuse)
+            is_right = isinstance(said, dict) and said.pop("check", None) == _check(said)
         except (ValueError, RecursionError):
             raise _bad(key, "it is no JSON") from None
-        if not isinstance(said, dict) or said.pop("check", None) != _check(said):
+        if not is_right:
             raise _bad(key, "it differs from its own digest")
         try:
             note = cls(**said)
@@ -141,6 +142,10 @@ def note_path(root: str, key: str) -> str:
 
 def _check(said: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 def _bad(key: str, what: str) -> CorruptCheckpoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from nexus_ext.cache.zone import Zone
+from nexus_ext.cache.zone import Fate, Zone
 
 __all__ = ["Room"]
 
@@ -17,8 +17,8 @@ class Room:
     """Evicts what was used longest ago, over all zones, until the budget holds.
 
     Attributes:
-        lock: Have it from `make` until what comes is announced, so that two who come at the same
-            time do not get the same room. Other processes count on the index alone.
+        lock: Have it while room is made for what was announced: two of this process would both
+            evict for the same bytes.
     """
 
     def __init__(
@@ -26,23 +26,29 @@ class Room:
         zones: Sequence[Zone],
         max_bytes: int,
         count: Callable[[str], object],
-        let_go: Callable[[Zone, bytes], bool] = Zone.evict,
+        let_go: Callable[[Zone, bytes], Fate] = Zone.evict,
     ) -> None:
-        """`let_go` removes a blob from a zone; False if it stays."""
+        """`let_go` removes a blob from a zone, unless it is held."""
         self._zones = zones
         self._max_bytes = max_bytes
         self._count = count
         self._let_go = let_go
         self.lock = threading.Lock()
 
-    def make(self, nbytes: int) -> bool:
-        """Room for so many bytes more; False if what stays is held, or may not be removed.
+    def make(self) -> bool:
+        """Room for what was announced; False if what stays is held, or may not be removed.
+
+        What other processes announce meanwhile counts too: who is later sees both.
 
         Raises:
             ReadError, WriteError: The indexes cannot be used, or files not be removed.
         """
-        excess = sum(zone.index.stored_bytes() for zone in self._zones) + nbytes - self._max_bytes
-        return excess <= 0 or self._evict(self._zones, excess) >= excess
+        while True:
+            excess = sum(zone.index.stored_bytes() for zone in self._zones) - self._max_bytes
+            if excess <= 0:
+                return True
+            if not self._evict(self._zones, excess):
+                return False
 
     def free(self, zone: Zone, nbytes: int) -> bool:
         """So many bytes fewer in one zone, whatever the budget says; whether anything went."""
@@ -60,11 +66,13 @@ class Room:
             for _, digest, stored, zone in oldest:
                 if freed >= nbytes:
                     break
-                if not self._let_go(zone, digest):
+                fate = self._let_go(zone, digest)
+                if fate is Fate.HELD:
                     continue
                 went += 1
                 freed += stored
-                self._count("evictions")
+                if fate is Fate.REMOVED:
+                    self._count("evictions")
             if went == 0 and len(oldest) < limit:
                 break  # all that is left is held
             if went == 0:

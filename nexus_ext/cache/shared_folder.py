@@ -98,7 +98,11 @@ class SharedFolder:
             descriptor = os.open(self.path / digest, flags)
         except FileNotFoundError:
             return None
-        os.utime(descriptor)
+        try:
+            os.utime(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
         return descriptor
 
     def reserve(self, nbytes: int, max_bytes: int, evict: Evict) -> Reserved | None:
@@ -196,9 +200,14 @@ class SharedFolder:
             os.close(descriptor)
 
     def _clear(self) -> None:
-        for name in os.listdir(self.path):
-            (self.path / name).unlink(missing_ok=True)
-        self.path.rmdir()
+        try:
+            for name in os.listdir(self.path):
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
+        except OSError as error:
+            # Somebody came meanwhile, and stays or has gone again: it is theirs now.
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                raise
 
     # -- room --------------------------------------------------------------------------------
 

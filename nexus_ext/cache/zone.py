@@ -11,19 +11,29 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 
 import torch
 
 from nexus_ext.cache import holds
-from nexus_ext.cache.blob import Header, open_blob, read_header, write_blob
+from nexus_ext.cache.blob import Header, open_blob, write_blob
 from nexus_ext.cache.folder import Folder, remove_if_possible
 from nexus_ext.cache.index import Index, Row
 from nexus_ext.cache.reading import BlockMode, ReadReport, check_blocks, read_payload
 from nexus_ext.cache.report import Entry, ZoneStats
-from nexus_ext.errors import CorruptCheckpoint, ReadError, WriteError
+from nexus_ext.cache.scanning import header_of, row_of, scan
+from nexus_ext.errors import CorruptCheckpoint, EngineClosed, ReadError, WriteError
 
-__all__ = ["Zone"]
+__all__ = ["Fate", "Zone"]
+
+
+class Fate(Enum):
+    """What came of an eviction."""
+
+    REMOVED = "removed"
+    MISSING = "missing"  # somebody else was quicker
+    HELD = "held"
 
 
 class Zone:
@@ -45,12 +55,19 @@ class Zone:
         self._bad: set[bytes] = set()  # those that could not be set aside
         if not self.folder.read_only:
             try:
-                self.index = Index(self.folder.path, self.folder.file_mode, self._scan)
-                self._clean_up()
+                self._open_index()
                 return
             except WriteError as error:
                 self.folder.read_only = str(error)
         self.index = Index(self.folder.path, 0, self._scan, in_memory=True)
+
+    def _open_index(self) -> None:
+        self.index = Index(self.folder.path, self.folder.file_mode, self._scan)
+        try:
+            self._clean_up()
+        except BaseException:
+            self.index.close()
+            raise
 
     @property
     def is_writable(self) -> bool:
@@ -110,7 +127,7 @@ class Zone:
         path = self.folder.blob(digest)
         descriptor = holds.open_held(path)
         try:
-            header = self._header(descriptor, path, digest)
+            header = header_of(descriptor, path, digest)
             if header.nbytes != nbytes:
                 raise CorruptCheckpoint(
                     f"A cached file has as many bytes as were put; {path} has {header.nbytes} and "
@@ -140,30 +157,15 @@ class Zone:
         # What cannot be moved is remembered, and not served.
         self._bad.add(digest)
         if self.is_writable:
-            with suppress(WriteError), holds.lock:
+            with suppress(WriteError), holds.lock():
                 self.index.remove(digest, lambda _: self._quarantine(path), is_it)
                 self._bad.discard(digest)
 
     def _quarantine(self, path: Path) -> None:
         try:
-            self.folder.quarantine.mkdir(exist_ok=True, mode=self.folder.folder_mode)
-            for old in self.folder.quarantine.iterdir():
-                old.unlink(missing_ok=True)
-            os.rename(path, self.folder.quarantine / path.name)
-        except FileNotFoundError:
-            return
+            self.folder.set_aside(path)
         except OSError as error:
             raise _cannot_remove(path, error) from error
-
-    @staticmethod
-    def _header(descriptor: int, path: Path, digest: bytes) -> Header:
-        header = read_header(descriptor, str(path))
-        if header.sha256 != digest:
-            raise CorruptCheckpoint(
-                f"A cached file is called by its content; {path} holds {header.sha256.hex()}. It "
-                "is set aside; fetch its bytes again."
-            )
-        return header
 
     # -- writing ----------------------------------------------------------------------------------
 
@@ -177,7 +179,7 @@ class Zone:
         except (FileNotFoundError, CorruptCheckpoint, ReadError):
             return False  # it is written anew
         try:
-            header = self._header(descriptor, path, row.digest)
+            header = header_of(descriptor, path, row.digest)
         except (CorruptCheckpoint, ReadError):
             return False
         finally:
@@ -211,30 +213,33 @@ class Zone:
                     return
             raise WriteError(f"A cached file must stay; {path} vanished. Put it again.")
         except BaseException:
-            # Else it counts as being written until this process ends, and whoever opens the folder
-            # then cleans up.
-            with suppress(WriteError):
-                self.index.clean(name.encode(), row.digest, self._unlink)
+            self.withdraw(name, row)
             raise
+
+    def withdraw(self, name: str, row: Row) -> None:
+        """What was announced will not come. Where that cannot be said it counts as being written
+        until this process ends, and whoever opens the folder then cleans up.
+        """
+        with suppress(WriteError, EngineClosed):
+            self.index.clean(name.encode(), row.digest, self._unlink)
 
     def _add(self, row: Row, temporary: str | None = None, written: int = 0) -> bool:
         def is_there() -> bool:
             return self.folder.has(row.digest)
 
-        with holds.lock:
+        with holds.lock():
             return self.index.add(row, is_there, self._unlink, temporary, written)
 
-    def evict(self, digest: bytes) -> bool:
-        """Remove a blob and all its names. False while it is held in this process.
+    def evict(self, digest: bytes) -> Fate:
+        """Remove a blob and all its names, unless it is held in this process.
 
         Raises:
             WriteError: It cannot be removed.
         """
-        with holds.lock:
+        with holds.lock():
             if holds.is_held(self.folder.blob(digest)):
-                return False
-            self.index.remove(digest, self._unlink)
-            return True
+                return Fate.HELD
+            return Fate.REMOVED if self.index.remove(digest, self._unlink) else Fate.MISSING
 
     def forget_key(self, key: str) -> None:
         """Remove what lies under a key, held or not: it has a new value elsewhere.
@@ -244,7 +249,7 @@ class Zone:
         """
         row = self.index.find(key)
         if row is not None:
-            with holds.lock:
+            with holds.lock():
                 self.index.remove(row.digest, self._unlink)
 
     def _unlink(self, digest: bytes) -> None:
@@ -252,7 +257,9 @@ class Zone:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise _cannot_remove(path, error) from error
+            # A file system that takes nothing any more says so of what is not there, too.
+            if self.folder.has(digest):
+                raise _cannot_remove(path, error) from error
 
     # -- the whole of it --------------------------------------------------------------------------
 
@@ -260,7 +267,7 @@ class Zone:
         """Read a blob from end to end. Raises as `read`, and sets nothing aside."""
         descriptor = open_blob(path)
         try:
-            header = self._header(descriptor, path, digest)
+            header = header_of(descriptor, path, digest)
             check_blocks(descriptor, header, str(path), self._mode)
             return header
         finally:
@@ -276,14 +283,7 @@ class Zone:
         if self.index.find(header.key) is not None:
             self.index.clean(b"", header.sha256, self._unlink)
             return False
-        return self._add(self.row_of(header))
-
-    def row_of(self, header: Header) -> Row:
-        """As the blob's own header has it."""
-        about = json.dumps(dict(header.about))
-        stored, created = header.stored_bytes, header.created_ns
-        fields = (header.key, header.sha256, header.kind, about, created, header.nbytes)
-        return Row(*fields, stored, created)
+        return self._add(row_of(header))
 
     def stats(self, now_ns: int) -> ZoneStats:
         """Counts and sizes."""
@@ -299,36 +299,7 @@ class Zone:
         )
 
     def _scan(self) -> Iterator[Row]:
-        """Rows of all blobs whose headers are right; of two for one key the younger."""
-        if self.is_writable:
-            self.folder.remove_abandoned(everywhere=True)
-        newest: dict[str, Row] = {}
-        for digest, path in self.folder.every_blob():
-            row = self._row_at(digest, path)
-            if row is None:
-                continue
-            other = newest.get(row.key)
-            if other is None or other.created_ns <= row.created_ns:
-                newest[row.key], row = row, other
-            if row is not None and self.is_writable:
-                self._unlink(row.digest)
-        yield from newest.values()
-
-    def _row_at(self, digest: bytes, path: Path) -> Row | None:
-        try:
-            descriptor = open_blob(path)
-        except (FileNotFoundError, CorruptCheckpoint, ReadError):
-            return None
-        try:
-            return self.row_of(self._header(descriptor, path, digest))
-        except CorruptCheckpoint:
-            if self.is_writable:
-                self._quarantine(path)
-            return None
-        except ReadError:
-            return None
-        finally:
-            os.close(descriptor)
+        return scan(self.folder, self._quarantine, self._unlink)
 
     def _clean_up(self) -> None:
         """What dead processes began and did not end."""
