@@ -1,9 +1,11 @@
-"""The disk tier of the cache: verified reads against the disk's ceiling; how long opening takes.
+"""The cache: verified reads against the disk's ceiling; how long opening takes; what memory gives.
 
 Rates in 1e9 bytes a second, CPU in milliseconds per 1e9 bytes, all threads together. Every round
 reads the same blob in every arm: `raw` is our own raw reader (O_DIRECT, into memory that is used
 again and again, nothing compared), `warm` a verified read into memory that was used before, `fresh`
-one into new memory, as `load` without `out` does it.
+one into new memory, as `load` without `out` does it. `memory`: a hit of the RAM tier, whose every
+byte is then read once, against a copy of as many bytes. `streamed`: steps of one token of a model
+most of which streams, by the share of it that lies in memory of all processes (`ram_budget`).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,10 +27,14 @@ import torch
 from rich.console import Console
 
 from nexus_ext.bench import machine
-from nexus_ext.cache import DiskTier
+from nexus_ext.cache import DiskTier, RamTier
+from nexus_ext.demo import make_llama
 from nexus_ext.engine import ReadMode, measure_read
+from nexus_ext.module import stats
+from nexus_ext.pretrained import from_pretrained, plan_pretrained
 
 MIB = 1 << 20
+SMALL = {"num_blocks": 4, "hidden": 64, "intermediate": 96, "vocabulary": 128}
 
 
 def cpu_seconds() -> float:
@@ -116,6 +123,64 @@ def open_seconds(folder: Path, num_entries: int, num_rounds: int) -> dict[str, f
     return {name: median(found) for name, found in times.items()} | {"entries": num_entries}
 
 
+def memory_rates(nbytes: int, num_rounds: int) -> dict[str, Any]:
+    """A hit of the RAM tier and a read of its bytes, beside a copy and a read of plain memory."""
+    data = torch.frombuffer(bytearray(os.urandom(nbytes)), dtype=torch.uint8)
+    out, digest = torch.empty_like(data), "ab" * 32
+    with closing(RamTier(2 * nbytes + 16 * MIB)) as tier:
+        tier.put(digest, [data])
+
+        def hit() -> torch.Tensor:
+            found = tier.load(digest)
+            assert found is not None
+            return found
+
+        arms: dict[str, Callable[[], object]] = {
+            "hit": hit,
+            "hit_and_read": lambda: hit().view(torch.int64).sum(),
+            "read": lambda: data.view(torch.int64).sum(),
+            "copy": lambda: out.copy_(data),
+        }
+        runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
+        for _ in range(num_rounds):
+            for arm, act in arms.items():
+                runs[arm].append(timed(act, nbytes))
+        effective = tier.effective
+    result: dict[str, Any] = {arm: medians(found) for arm, found in runs.items()}
+    return result | {"nbytes": nbytes, "effective": effective}
+
+
+def streamed_steps(folder: Path, sizes: dict[str, int], num_rounds: int) -> dict[str, Any]:
+    """Seconds of a step by the share of the blocks in shared memory, arms in turn."""
+    make_llama(folder, **sizes)
+    plan = plan_pretrained(folder, budget="1TiB")
+    needed = plan.outside_bytes + 3 * max(plan.group_bytes)
+    ids = torch.tensor([[1]])
+    with ExitStack() as stack:
+        models = {}
+        for share in (0.0, 0.5, 1.0):
+            # Staging comes first.
+            room = int(share * sum(plan.group_bytes)) + 64 * MIB if share else "auto"
+            model = from_pretrained(folder, budget=needed, io="direct", ram_budget=room)
+            models[share] = stack.enter_context(model)  # type: ignore[call-overload]
+        seconds: dict[float, list[float]] = {share: [] for share in models}
+        for _ in range(num_rounds):
+            for share, model in models.items():
+                began = time.perf_counter()
+                with torch.inference_mode():
+                    model(ids)
+                seconds[share].append(time.perf_counter() - began)
+        found = {share: stats(model) for share, model in models.items()}
+    return {
+        "model_bytes": sum(plan.group_bytes) + plan.outside_bytes,
+        "budget_bytes": needed,
+        "step_seconds": {str(share): median(times) for share, times in seconds.items()},
+        "ram_groups": {str(share): one.ram_groups for share, one in found.items()},
+        "ram_mode": {str(share): one.ram_mode for share, one in found.items()},
+        "rounds": {str(share): times for share, times in seconds.items()},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--toy", action="store_true")
@@ -130,6 +195,9 @@ def main() -> None:
             folder = Path(name) / f"of-{nbytes}"
             result["reads"].append(read_rates(folder, nbytes, num_rounds))
         result["opening"] = open_seconds(Path(name) / "many", num_entries, num_rounds)
+        result["memory"] = memory_rates(sizes[-1], num_rounds)
+        model = SMALL if options.toy else {"num_blocks": 12}
+        result["streamed"] = streamed_steps(Path(name) / "model", model, num_rounds)
     result["machine"] = machine()
     shown = [{k: v for k, v in one.items() if k != "rounds"} for one in result["reads"]]
     Console().print(result | {"reads": shown})
