@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, deserialize
 
-from nexus_ext import checkpoint
-from nexus_ext.checkpoint import Entry, File, Stamp, parse_header
+from nexus_ext.checkpoint import Entry, File, Stamp
+from nexus_ext.safetensors_header import DTYPES, parse_header
 
 FIELDS = ["dtype", "shape", "data_offsets"]
-SIZES = {code: dtype.itemsize for code, dtype in checkpoint._DTYPES.items()}
-CODES = {dtype: code for code, dtype in checkpoint._DTYPES.items()}
+SIZES = {code: dtype.itemsize for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Dtypes of the library that torch has no element for, with bits.
 FOREIGN = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nexus_ext import checkpoint
+from nexus_ext import checkpoint_files
 from nexus_ext.checkpoint import (
     ALIGNMENT,
+    DTYPE_NAMES,
     Checkpoint,
     Entry,
     Extent,
@@ -25,7 +26,6 @@ from nexus_ext.checkpoint import (
     Group,
     Member,
     Stamp,
-    parse_header,
 )
 from nexus_ext.errors import (
     CheckpointChanged,
@@ -35,6 +35,7 @@ from nexus_ext.errors import (
     ReadError,
     TruncatedCheckpoint,
 )
+from nexus_ext.safetensors_header import parse_header
 
 Spec = dict[str, tuple[str, list[int], bytes]]
 
@@ -406,7 +407,7 @@ def test_long_names_are_shortened_in_messages(tmp_path: Path) -> None:
 def test_what_only_the_library_refuses_is_refused_in_its_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "parse_header", lambda *_: [])
+    monkeypatch.setattr(checkpoint_files, "parse_header", lambda *_: [])
     path = write_raw(tmp_path / "model.safetensors", header(tensor()), b"xxx")
     message = refusal(path)
     assert "the safetensors library must accept the header at offset 8, but says" in message
@@ -440,7 +441,7 @@ def test_a_file_modified_while_its_header_is_read_is_refused(
         os.utime(path, ns=(1, 1))
         return parse_header(raw, file, number)
 
-    monkeypatch.setattr(checkpoint, "parse_header", touching)
+    monkeypatch.setattr(checkpoint_files, "parse_header", touching)
     assert f"{path} did; open the checkpoint again" in refusal(path, CheckpointChanged)
 
 
@@ -699,7 +700,7 @@ def test_padding_moves_the_data_to_every_alignment(tmp_path: Path) -> None:
     assert residues == set(range(ALIGNMENT))
 
 
-DTYPES = sorted(checkpoint._DTYPES.values(), key=str)
+DTYPES = sorted(DTYPE_NAMES, key=str)
 
 
 def random_tensor(rng: random.Random) -> torch.Tensor:

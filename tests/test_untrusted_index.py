@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pytest
 
-from nexus_ext.checkpoint import Checkpoint, parse_index
+from nexus_ext.checkpoint import Checkpoint
+from nexus_ext.checkpoint_files import parse_index
 from nexus_ext.errors import CheckpointError, CheckpointFormatError
 from tests.conftest import RecordCount
 from tests.hostile_headers import Pairs, Tokens, header, tensor, with_length

@@ -21,10 +21,11 @@ import torch
 from torch import nn
 
 from nexus_ext.cache.blob import view_of
-from nexus_ext.checkpoint import ALIGNMENT, DTYPE_NAMES, Entry, File, Stamp, parse_header
+from nexus_ext.checkpoint import ALIGNMENT, DTYPE_NAMES, Entry, File, Stamp
 from nexus_ext.errors import CheckpointFormatError, CorruptCheckpoint, StreamError
 from nexus_ext.quant import PackedLinear
 from nexus_ext.quant.packing import GGML, INT8, NF4, NestedNF4, Packing
+from nexus_ext.safetensors_header import parse_header
 
 __all__ = [
     "ORIGIN",
