@@ -78,6 +78,7 @@ def live(open_store: Callable[[], Store], seed: int, say: Say, others: Sequence[
             key = draw.choice(names)
             action = draw.random()
             if action < 0.6:
+                say(f"coming {key}")  # it may be there before anybody says so
                 if tier.put(key, [payload(key)]) is not None:
                     say(f"there {key}")
             elif action < 0.8:
@@ -129,7 +130,8 @@ class Cycle:
         for message in self.messages:
             what, key = message.split(" ", 1)
             counts[what] += 1
-            state[key] = what
+            if what != "coming" or state.get(key) != "there":
+                state[key] = what
         counts["killed"] += self.num_killed
         counts["ended"] += len(self.pids) - self.num_killed
         counts["cycles"] += 1
