@@ -139,8 +139,11 @@ class Transfer:
             if not self._whole_is_busy and not self.partial.is_complete:
                 self._whole_is_busy = True
                 task = self._task("whole", (0, 0), line)
-        elif (span := self._schedule.take(self.partial.nbytes or 0, self.is_lazy)) is not None:
-            task = self._task("block", span, line)
+        else:
+            part = self.partial
+            span = self._schedule.take(part.nbytes or 0, self.is_lazy, part.landed)
+            if span is not None:
+                task = self._task("block", span, line)
         return task
 
     def _task(
