@@ -106,16 +106,18 @@ class Partial:
 
     @classmethod
     def taken_over(
-        cls, target: Path, token: str, head: Head, journal: int, journal_path: Path
+        cls, target: Path, token: str, head: Head, journal: int, journal_path: Path, owner: str
     ) -> Partial | None:
         """A pair that was left, without its part; None if somebody else was faster.
 
         Args:
             journal: Its descriptor; closed here where None is returned.
             journal_path: The name it was left by.
+            owner: Who is to be named as its owner.
         """
         partial = cls(target, token, head)
         partial._journal = journal
+        partial._journal_path = partial._journal_at(owner)
         try:
             # Of several who try only one finds the old name.
             os.rename(journal_path, partial._journal_path)
@@ -240,7 +242,10 @@ class Partial:
         """Close the descriptors; the last user does it."""
         for descriptor in (self._file, self._journal):
             if descriptor >= 0:
-                os.close(descriptor)
+                # What it tells too late concerns a part that is verified before it is believed;
+                # a published one was synchronised.
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
         self._file = self._journal = -1
 
 
