@@ -148,6 +148,7 @@ class Fetching:
     # -- arriving --------------------------------------------------------------------------------
 
     def _receive(self, partial: Partial, body: Body) -> None:
+        self._window_began, self._window_bytes = self._clock.now(), 0
         at, end = body.offset, None if body.nbytes is None else body.offset + body.nbytes
         # Bytes are put together: to hash and write every few KiB would give the interpreter's lock
         # away so often that eight threads spend more time on it than on their work.
