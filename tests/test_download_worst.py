@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import fsspec
@@ -434,4 +435,39 @@ def test_a_kill_while_a_strangers_part_is_copied_does_not_make_it_ours(
     assert fates == ["unknown"]
     own.remove()
     own.close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_server_behind_a_redirect_that_asks_for_a_pause_gets_it(tmp_path: Path) -> None:
+    busy = Act(status=429, headers={"Retry-After": "0"})
+    script = [Act(redirect="/other"), Act(), busy]
+    with Server(DATA, script) as server, downloader() as loader:
+        fetched = loader.fetch(Download(server.url, tmp_path / "file"))
+    assert fetched.num_retries == 1
+    assert [asked.path for asked in server.asked] == ["/file", *["/other"] * 4]
+
+
+@pytest.mark.parametrize("port", ["99999", "http", "80\\.elsewhere"])
+def test_a_redirect_to_no_port_is_refused(port: str, tmp_path: Path) -> None:
+    always = Act(redirect=f"http://127.0.0.1:{port}/file")
+    with (
+        Server(DATA, always=always) as server,
+        downloader() as loader,
+        pytest.raises(errors.SourceRefused),
+    ):
+        loader.fetch(Download(server.url, tmp_path / "file"))
+
+
+def test_a_size_beyond_what_files_can_have_is_nonsense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems do not say how much is free: nothing else would refuse it."""
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_blocks=0))
+    always = Act(headers={"Content-Range": f"bytes 0-{BLOCK - 1}/{10**19 - 1}"})
+    with (
+        Server(DATA, always=always) as server,
+        downloader(max_retries=1) as loader,
+        pytest.raises(errors.ContentMismatch),
+    ):
+        loader.fetch(Download(server.url, tmp_path / "file"))
     assert os.listdir(tmp_path) == []
