@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["OWNER", "Fate", "Owner", "fate", "free_name", "own_name"]
+__all__ = ["OWNER", "Fate", "Owner", "fate", "free_name", "own_name", "unknown_name"]
 
 Fate = Literal["alive", "dead", "free", "unknown"]
 
@@ -100,7 +100,12 @@ def own_name() -> str:
     try:
         return str(Owner.current())
     except OSError:
-        return f"unknown-{secrets.token_hex(4)}"
+        return unknown_name()
+
+
+def unknown_name() -> str:
+    """A name of which nobody can say what became of its owner."""
+    return f"unknown-{secrets.token_hex(4)}"
 
 
 def free_name() -> str:
@@ -144,9 +149,11 @@ def _num_threads(pid: int) -> int:
 
 
 def _answers(pid: int) -> bool:
+    if pid == 0:  # would be our own group
+        return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

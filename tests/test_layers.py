@@ -402,7 +402,7 @@ ALLOWED: dict[str, set[str]] = {
         "download.verdicts",
         "errors",
     },
-    "download.follower": {"download.partial", "download.transfer", "errors"},
+    "download.follower": {"download.partial", "download.patience", "download.transfer", "errors"},
     "download.fetching": {
         "download.journal",
         "download.leftovers",

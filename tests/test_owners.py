@@ -66,6 +66,13 @@ def test_without_proc_nobody_can_say(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         Owner.current()
 
 
+@pytest.mark.parametrize("pid", [0, 2**31, 9_999_999_999])
+def test_a_number_that_is_no_pid_is_nobody(pid: int) -> None:
+    """As a file's name may hold."""
+    own = Owner.current()
+    assert Owner(own.boot, own.namespace, pid, 1).fate() == "dead"
+
+
 def test_an_owner_is_read_back_as_it_was_written() -> None:
     me = Owner.current()
     assert Owner.parse(str(me)) == me

@@ -13,14 +13,14 @@ from nexus_ext.download.arrival import Arriving
 from nexus_ext.download.facts import Download, DownloadStats, Fetched
 from nexus_ext.download.fetching import Fetching
 from nexus_ext.download.filesystem import FileSystemSource
-from nexus_ext.download.follower import start_follower
+from nexus_ext.download.follower import Follower, start_follower
 from nexus_ext.download.line import Line, LineSettings, http2_state
 from nexus_ext.download.patience import Clock
 from nexus_ext.download.progress import Progress
 from nexus_ext.download.source import Source
 from nexus_ext.download.transfer import Limits, Task, Transfer
 from nexus_ext.download.web import WebSource
-from nexus_ext.errors import ConfigError
+from nexus_ext.errors import ConfigError, DownloadError
 from nexus_ext.memory import parse_bytes
 
 __all__ = ["Downloader"]
@@ -110,7 +110,8 @@ class Downloader:
         """
         arriving: list[Arriving] = []
         try:
-            arriving += [self.start(download) for download in downloads]
+            for download in downloads:  # one by one: `except` must know them
+                arriving.append(self.start(download))
             with self._changed:
                 while not all(one.has_ended for one in arriving):
                     self._changed.wait()
@@ -130,6 +131,7 @@ class Downloader:
         Raises:
             ConfigError: Closed; a scheme that nobody knows.
             MissingExtra: Its source needs a package that is not installed.
+            DownloadError: No thread is to be had; a file system that connects at once, and fails.
         """
         if self._pid != os.getpid():
             raise ConfigError(
@@ -145,8 +147,8 @@ class Downloader:
                 download, source, self._limits, self._clock, self._changed, start_follower
             )
             transfer.is_lazy = lazily
-            self._active.append(transfer)
             self._start_workers()
+            self._active.append(transfer)
             self._changed.notify_all()
         return Arriving(transfer)
 
@@ -186,7 +188,8 @@ class Downloader:
     def close(self) -> None:
         """Cancel what is under way, wait for the workers, and close the connections. Idempotent.
 
-        A worker that is looking up a name or connecting ends within `timeout_seconds`.
+        A worker that is looking up a name or connecting ends within `timeout_seconds`. A file that
+        is being brought to the disk is waited for: nothing appears later.
         """
         if self._pid != os.getpid():
             return  # a forked child has no workers
@@ -198,6 +201,8 @@ class Downloader:
             Arriving(transfer).cancel()
         for worker in self._workers:
             worker.join()
+        if not isinstance(threading.current_thread(), Follower):  # `progress` may close
+            self.wait_until(lambda: all(transfer.ended for transfer in active))
 
     def __enter__(self) -> Downloader:
         return self
@@ -218,8 +223,16 @@ class Downloader:
             worker = threading.Thread(
                 target=self._work, name=f"nexus-download-{len(self._workers)}", daemon=True
             )
+            try:
+                worker.start()
+            except RuntimeError as error:
+                if self._workers:
+                    return  # fewer do; the next download tries again
+                raise DownloadError(
+                    f"a download needs a thread, and the system gives none ({error}); end some, or "
+                    "raise the limit of processes"
+                ) from error
             self._workers.append(worker)
-            worker.start()
 
     def _work(self) -> None:
         line = Line(self._line_settings, self)

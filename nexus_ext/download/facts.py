@@ -30,6 +30,7 @@ def shown(url: str) -> str:
 def _shown(url: str) -> str:
     try:
         parts = urlsplit(url)
+        _ = parts.port  # if it is none, a password with a slash in it may stand there
     except ValueError:
         return "(a URL that cannot be read)"
     host = parts.netloc.rpartition("@")[2]

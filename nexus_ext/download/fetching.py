@@ -148,6 +148,7 @@ class Fetching:
     # -- arriving --------------------------------------------------------------------------------
 
     def _receive(self, partial: Partial, body: Body) -> None:
+        self._window_began, self._window_bytes = self._clock.now(), 0
         at, end = body.offset, None if body.nbytes is None else body.offset + body.nbytes
         # Bytes are put together: to hash and write every few KiB would give the interpreter's lock
         # away so often that eight threads spend more time on it than on their work.
@@ -163,6 +164,7 @@ class Fetching:
                     break
                 held += got
                 self._watch(got)
+                self._check_end(body, at + held)
             if at + held == end and body.read_into(memoryview(bytearray(1))):
                 held = 0
                 raise Trouble("the server sent more bytes than it said", ContentMismatch)
@@ -187,7 +189,15 @@ class Fetching:
         if not body.is_whole:
             raise Trouble("the server sent a part without a length", ContentMismatch)
         with self._transfer.changed:
+            if partial.landed.end_of(at) > at and self._is_wanted():
+                raise self._transfer.changed_error()  # an earlier answer was longer
             self._transfer.settle(partial, at)
+
+    def _check_end(self, body: Body, at: int) -> None:
+        """A body that does not tell its length may not go on beyond what was asked for."""
+        wanted = self._transfer.download.nbytes
+        if body.nbytes is None and wanted is not None and at > wanted:
+            raise Trouble(f"more bytes came than the {wanted} asked for", ContentMismatch)
 
     def _watch(self, nbytes: int) -> None:
         """A download that was given up ends here; one that drips is broken off."""
@@ -208,16 +218,17 @@ class Fetching:
         transfer = self._transfer
         with transfer.changed:
             transfer.bytes_received += nbytes
-            gaps = partial.landed.gaps(at, at + nbytes)
-        for start, end in gaps:
+            earlier = partial.landed.pieces(at, at + nbytes)
+            ours = partial.claim(at, at + nbytes)
+        for start, end in ours:
             self._store(partial, data[start - at : end - at], start)
-        if gaps != [(at, at + nbytes)]:
-            self._compare(partial, data, at)
+        for start, end in earlier:
+            self._compare(partial, data[start - at : end - at], start)
         transfer.tell_progress()
         return at + nbytes
 
     def _compare(self, partial: Partial, data: memoryview, at: int) -> None:
-        """Some of it had landed earlier: that must be the same again."""
+        """What had landed earlier must be the same again."""
         if not partial.holds(data, at) and self._is_wanted():
             raise self._transfer.changed_error()
 

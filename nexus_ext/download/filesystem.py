@@ -17,11 +17,15 @@ from nexus_ext.errors import (
     ContentMismatch,
     MissingExtra,
     SourceMissing,
+    SourceUnavailable,
 )
 
 __all__ = ["FileSystemSource"]
 
 T = TypeVar("T")
+
+# What stays the same when a file's bytes change.
+_NO_VERSION = {"name", "size", "type"}
 
 
 class FileSystemSource:
@@ -59,8 +63,10 @@ class FileSystemSource:
 
     def recheck(self, validator: str) -> bool:
         """Asks again: answers carry no validator."""
-        self._facts = None
-        return self._ask(self._look).validator == validator
+        now = self._ask(self._look)
+        before, self._facts = self._facts, None
+        is_as_long = before is None or before.nbytes == now.nbytes
+        return is_as_long and now.validator == validator
 
     def _look(self) -> Facts:
         self._fs.invalidate_cache()
@@ -71,7 +77,8 @@ class FileSystemSource:
                 f"{self._download.source} must be one file of a known size, but is "
                 f"{info.get('type', 'something')} of size {nbytes}; check the URL"
             )
-        return Facts(nbytes, f"fsspec:{self._fs.ukey(self._path)}")
+        is_versioned = bool(info.keys() - _NO_VERSION)
+        return Facts(nbytes, f"fsspec:{self._fs.ukey(self._path)}" if is_versioned else "")
 
     def _ask(self, question: Callable[[], T]) -> T:
         name = f"{self._download.source} must be there and readable"
@@ -109,5 +116,14 @@ def _connect(download: Download) -> tuple[Any, str]:
         raise ConfigError(
             f"a download's URL must be one that fsspec knows, got {download.source}; it knows "
             "http, https, file, memory, s3, gcs and more"
+        ) from None
+    except credential_errors():
+        raise AccessDenied(
+            f"{download.source} must let us in, but does not; check its credentials"
+        ) from None
+    except driver_errors() as error:
+        raise SourceUnavailable(
+            f"{download.source} must be within reach, but connecting failed "
+            f"({type(error).__name__}); check network and server, and fetch again"
         ) from None
     return fs, path

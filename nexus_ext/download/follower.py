@@ -8,6 +8,7 @@ import threading
 from types import TracebackType
 
 from nexus_ext.download.partial import Partial
+from nexus_ext.download.patience import Trouble
 from nexus_ext.download.transfer import Transfer
 from nexus_ext.errors import ContentMismatch, DownloadError
 
@@ -94,13 +95,21 @@ class Follower(threading.Thread):
         if wanted is not None and not hmac.compare_digest(wanted.lower(), sha256):
             self._wrong(sha256)
             return
-        if wanted is None and not transfer.source.recheck(self._partial.head.validator):
+        if wanted is None and not self._recheck():
             raise transfer.changed_error()
         transfer.tell_progress()
         self._partial.publish()
         with transfer.changed:
             if not transfer.is_over:
                 transfer.finish(self._partial, sha256)
+
+    def _recheck(self) -> bool:
+        """Whether the source is still the same; asks as often as a request may be tried."""
+        while True:
+            try:
+                return self._transfer.source.recheck(self._partial.head.validator)
+            except Trouble as trouble:
+                self._transfer.wait_to_retry(trouble)
 
     def _wrong(self, sha256: str) -> None:
         transfer = self._transfer

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nexus_ext.download.journal import Block, Head, new_hasher, parse
 from nexus_ext.download.partial import OPEN_FLAGS, Partial, stem_of, try_lock, writing
-from nexus_ext.owners import Fate, fate
+from nexus_ext.owners import Fate, fate, own_name, unknown_name
 
 __all__ = ["adopt"]
 
@@ -42,15 +42,21 @@ def adopt(target: Path, key: str) -> Partial | None:
         WriteError: The folder refuses.
     """
     best: Partial | None = None
-    with writing(target):
-        for found in _find(target):
-            partial = _take(target, found, key)
-            if partial is None:
-                continue
-            best, worse = _better(best, partial)
-            if worse is not None:
-                worse.remove()
-                worse.close()
+    try:
+        with writing(target):
+            for found in _find(target):
+                partial = _take(target, found, key)
+                if partial is None:
+                    continue
+                best, worse = _better(best, partial)
+                if worse is not None:
+                    worse.remove()
+                    worse.close()
+    except BaseException:
+        if best is not None:
+            best.release()
+            best.close()
+        raise
     return best
 
 
@@ -80,10 +86,28 @@ def _take(target: Path, found: _Found, key: str) -> Partial | None:
     journal, data = opened
     parsed = parse(data)
     head = parsed[0] if parsed else Head(key, 0, "")
-    partial = Partial.taken_over(target, found.token, head, journal, found.journal)
+    # What is only copied does not get our name: after a kill nobody
+    # may write to it either.
+    owner = unknown_name() if found.fate == "unknown" else own_name()
+    partial = Partial.taken_over(target, found.token, head, journal, found.journal, owner)
     if partial is None:
         return None
-    if parsed is None or head.key != key or not _has_its_part(partial):
+    try:
+        return _judged(partial, found, key, data, parsed)
+    except BaseException:
+        partial.remove()  # or it would fail the next call, too
+        partial.close()
+        raise
+
+
+def _judged(
+    partial: Partial,
+    found: _Found,
+    key: str,
+    data: bytes,
+    parsed: tuple[Head, list[Block]] | None,
+) -> Partial | None:
+    if parsed is None or parsed[0].key != key or not _has_its_part(partial):
         partial.remove()
         partial.close()
         return None

@@ -55,13 +55,14 @@ def stem_of(target: Path) -> str:
 class Partial:
     """A part and its journal, both open. One process's own until it is released.
 
-    `landed` and `users` belong to the one who holds it, under a lock; writing needs none.
+    `landed`, `claim` and `users` belong to the one who holds it, under a lock; writing needs none.
     """
 
     def __init__(self, target: Path, token: str, head: Head) -> None:
         self.target = target
         self.head = head
         self.landed = Ranges()
+        self._claimed = Ranges()
         self.users = 0
         self.is_gone = False
         self._token = token
@@ -105,16 +106,18 @@ class Partial:
 
     @classmethod
     def taken_over(
-        cls, target: Path, token: str, head: Head, journal: int, journal_path: Path
+        cls, target: Path, token: str, head: Head, journal: int, journal_path: Path, owner: str
     ) -> Partial | None:
         """A pair that was left, without its part; None if somebody else was faster.
 
         Args:
             journal: Its descriptor; closed here where None is returned.
             journal_path: The name it was left by.
+            owner: Who is to be named as its owner.
         """
         partial = cls(target, token, head)
         partial._journal = journal
+        partial._journal_path = partial._journal_at(owner)
         try:
             # Of several who try only one finds the old name.
             os.rename(journal_path, partial._journal_path)
@@ -143,6 +146,17 @@ class Partial:
     @property
     def is_complete(self) -> bool:
         return self.nbytes is not None and self.landed.covers(0, self.nbytes)
+
+    def claim(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The pieces of [start, end) that nobody has written or is writing: now the caller's.
+
+        So that no byte is written twice: the second one could come after the first was hashed.
+        """
+        gaps = self.landed.gaps(start, end)
+        free = [piece for gap in gaps for piece in self._claimed.gaps(*gap)]
+        for piece in free:
+            self._claimed.add(*piece)
+        return free
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Put the bytes where they belong.
@@ -228,7 +242,10 @@ class Partial:
         """Close the descriptors; the last user does it."""
         for descriptor in (self._file, self._journal):
             if descriptor >= 0:
-                os.close(descriptor)
+                # What it tells too late concerns a part that is verified before it is believed;
+                # a published one was synchronised.
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
         self._file = self._journal = -1
 
 

@@ -63,6 +63,14 @@ class Ranges:
         """Whether every byte of [start, end) is in."""
         return start >= end or self.end_of(start) >= end
 
+    def pieces(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The pieces of [start, end) that are in."""
+        found = []
+        while (piece := self.within(start, end)) is not None:
+            found.append(piece)
+            start = piece[1]
+        return found
+
     def gaps(self, start: int, end: int) -> list[tuple[int, int]]:
         """The pieces of [start, end) that are not in."""
         found = []

@@ -20,28 +20,33 @@ class Schedule:
         self._block_bytes = block_bytes
         self._missing = Ranges()
         self._wants: list[tuple[int, int]] = []
+        self._ever_wanted = Ranges()
 
     def begin(self, landed: Ranges, nbytes: int | None) -> None:
         """Another part: all that has not landed in it is missing. What was wanted stays so."""
         self._missing = Ranges()
+        self._wants += self._ever_wanted
         if nbytes is not None:
             self.give_back(landed, (0, nbytes))
 
     def want(self, spans: Sequence[tuple[int, int]]) -> None:
         """These come next, in this order, before what was wanted earlier."""
-        self._wants = [*spans, *self._wants]
+        self._wants = [*spans, *(want for want in self._wants if want not in spans)]
+        for span in spans:
+            self._ever_wanted.add(*span)
 
     @property
     def has_wants(self) -> bool:
         """Whether something that is wanted is missing."""
         return any(self._missing.within(*want) for want in self._wants)
 
-    def take(self, nbytes: int, is_lazy: bool) -> tuple[int, int] | None:
+    def take(self, nbytes: int, is_lazy: bool, landed: Ranges) -> tuple[int, int] | None:
         """The first missing block, what was wanted before the rest; it is not missing any more.
 
         None where all `nbytes` are there or on their way, or, if lazy, all that is wanted.
         """
-        self._wants = [want for want in self._wants if self._missing.within(*want)]
+        # What is only on its way may fail, and is still wanted then.
+        self._wants = [want for want in self._wants if landed.gaps(want[0], min(want[1], nbytes))]
         everything = [] if is_lazy else [(0, nbytes)]
         for want in [*self._wants, *everything]:
             if (piece := self._missing.within(*want)) is not None:

@@ -64,9 +64,9 @@ class Task:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
-        """Handed to the transfer, an error does not end the worker."""
+        """Handed to the transfer, no error ends the worker: others wait for it."""
         self.transfer.leave(self, error)
-        return error is None or isinstance(error, Exception)
+        return True
 
 
 class Transfer:
@@ -139,8 +139,11 @@ class Transfer:
             if not self._whole_is_busy and not self.partial.is_complete:
                 self._whole_is_busy = True
                 task = self._task("whole", (0, 0), line)
-        elif (span := self._schedule.take(self.partial.nbytes or 0, self.is_lazy)) is not None:
-            task = self._task("block", span, line)
+        else:
+            part = self.partial
+            span = self._schedule.take(part.nbytes or 0, self.is_lazy, part.landed)
+            if span is not None:
+                task = self._task("block", span, line)
         return task
 
     def _task(
@@ -181,9 +184,9 @@ class Transfer:
         return True
 
     def _start_follower(self, partial: Partial) -> None:
+        self._follow(self, partial)  # it may fail; its thread waits for the lock first
         partial.users += 1
         self._followers += 1
-        self._follow(self, partial)
 
     def is_same(self, facts: Facts) -> bool:
         """Whether an answer is about the file whose part is held."""
@@ -271,6 +274,18 @@ class Transfer:
             if self._failures.may_retry(error, task.incidents_then):
                 return
         self.failed(error)
+
+    def wait_to_retry(self, trouble: Trouble) -> None:
+        """Count a failure that no task had, and wait; raises it where there were too many.
+
+        Without the lock.
+        """
+        with self.changed:
+            self.num_retries += 1
+            if self.is_over or not self._failures.may_retry(trouble, self._failures.num_incidents):
+                raise trouble
+            while not self.is_over and (pause := self.pause_seconds()) > 0:
+                self._clock.wait(self.changed, pause)
 
     def failed(self, error: BaseException) -> None:
         """What a retry does not mend."""

@@ -35,8 +35,12 @@ _RESUMABLE = (SourceUnavailable, AccessDenied, DownloadCancelled)
 
 
 def can_be_pieced(download: Download, validator: str) -> bool:
-    """Whether pieces of two versions could be told apart."""
-    return validator != "" or download.sha256 is not None
+    """Whether pieces of two versions could be told apart.
+
+    A weak ETag may stay the same where bytes differ.
+    """
+    is_strong = validator != "" and not validator.lower().startswith("etag:w/")
+    return is_strong or download.sha256 is not None
 
 
 def first_span(candidate: Partial | None, block_bytes: int) -> tuple[int, int]:

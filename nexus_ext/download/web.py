@@ -34,7 +34,7 @@ _REDIRECTS = {301, 302, 303, 307, 308}
 _DENIED = {401, 403, 407}
 _MISSING = {404, 410}
 _PASSING = {408, 425, 429}
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.IGNORECASE)
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", re.I | re.A)
 _EMPTY_RANGE = re.compile(r"bytes \*/0", re.IGNORECASE)
 _PAGES = {".html", ".htm", ".xhtml"}
 
@@ -56,7 +56,7 @@ class WebSource:
         except Trouble:
             self._lead = None
             raise
-        if lead is not None and 400 <= response.status_code < 500 and response.status_code != 416:
+        if lead is not None and _may_have_run_out(response.status_code):
             # A signed address that has run out: ask the first one for another.
             response.close()
             self._lead = None
@@ -129,6 +129,7 @@ class WebSource:
             target = urljoin(url, location)
             parts = urlsplit(target)
             host, scheme = parts.netloc.rpartition("@")[2], parts.scheme.lower()
+            _ = parts.port
         except ValueError:
             host = scheme = ""
         if scheme not in ("http", "https") or not host:
@@ -249,6 +250,10 @@ class WebSource:
                 "now; fetch again"
             )
         return SourceRefused(f"{name}, but the server said {status}; check the URL")
+
+
+def _may_have_run_out(status: int) -> bool:
+    return 400 <= status < 500 and status != 416 and status not in _PASSING
 
 
 def _validator(headers: Mapping[str, str]) -> str:
