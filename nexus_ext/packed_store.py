@@ -26,9 +26,15 @@ from nexus_ext.cache.blob import open_blob, read_header
 from nexus_ext.cache.work_locks import locked
 from nexus_ext.checkpoint import Checkpoint, Place
 from nexus_ext.config import cache_bytes, cache_folder, home_folder, store_url
-from nexus_ext.errors import CheckpointFormatError, CorruptCheckpoint, ReadError, WriteError
+from nexus_ext.errors import (
+    CheckpointFormatError,
+    CorruptCheckpoint,
+    NexusError,
+    ReadError,
+    WriteError,
+)
 from nexus_ext.files import write_whole
-from nexus_ext.quant.shards import Report, Shards, safetensors_parts
+from nexus_ext.quant.shards import Report, safetensors_parts
 
 __all__ = ["StoredShards", "open_packed"]
 
@@ -53,6 +59,11 @@ class StoredShards:
         self._model = model
         self._held = held
         self._places: dict[str, Place] = {}
+        self._check: Callable[[], None] = lambda: None
+
+    def guard(self, check: Callable[[], None]) -> None:
+        """Called around every shard that is written: raises where its source is another by now."""
+        self._check = check
 
     def begin(self, identity: Mapping[str, Any], names: Sequence[str]) -> dict[str, Report]:
         """Those that are there; the name of the model says of which conversion."""
@@ -64,11 +75,18 @@ class StoredShards:
 
         Raises:
             WriteError: The cache would not take it.
+            CheckpointChanged: As `guard` says.
         """
+        self._check()
         about = {"report": report}
         entry = self._store.put(
             self._key(name), safetensors_parts(tensors), kind=_KIND, about=about
         )
+        try:
+            self._check()  # what is not packed may be read from the source as late as this
+        except NexusError:
+            self._store.evict(self._key(name))
+            raise
         if entry is None or self.find(name) is None:
             raise WriteError(
                 f"The cache in {cache_folder()} must take the packed weights, and would not: "
@@ -133,7 +151,10 @@ class StoredShards:
 
 
 def open_packed(
-    folder_name: str, convert: Callable[[Path, Shards], object]
+    folder_name: str,
+    convert: Callable[[Path, StoredShards], object],
+    *,
+    is_known_everywhere: bool,
 ) -> tuple[Path, Checkpoint]:
     """The packed model of this name; packed now where it is not there, by one process at a time.
 
@@ -143,6 +164,8 @@ def open_packed(
         folder_name: Names source and configuration.
         convert: Called where something is neither here nor in the nodes' store: writes what
             describes the model into a folder, and the shards that are missing.
+        is_known_everywhere: Whether the name means the same on every node; else the nodes' store
+            is left alone.
 
     Returns:
         The folder, and the checkpoint over the shards.
@@ -153,7 +176,7 @@ def open_packed(
     folder = home_folder() / "converted" / folder_name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held, locked(folder.parent / f"{folder_name}.lock"):
-        store = _open_store()
+        store = _open_store(store_url() if is_known_everywhere else None)
         held.callback(store.close)
         shards = StoredShards(store, folder_name, held)
         if not (folder / _INDEX).exists():
@@ -172,8 +195,7 @@ class _Lease:
         self.close = weakref.finalize(self, held.pop_all().close)
 
 
-def _open_store() -> Store:
-    url = store_url()
+def _open_store(url: str | None) -> Store:
     if url is None:
         return DiskTier(cache_folder(), cache_bytes())
     # Read in place, so never compressed here.

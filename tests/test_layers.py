@@ -455,6 +455,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "experts.budget",
         "experts.find",
+        "files",
         "hub",
         "layout",
         "module",
