@@ -248,6 +248,7 @@ ALLOWED: dict[str, set[str]] = {
         "cache.blob",
         "cache.work_locks",
         "checkpoint",
+        "checkpoint_files",
         "config",
         "errors",
         "files",

@@ -19,14 +19,31 @@ from nexus_ext.checkpoint import ALIGNMENT, DTYPE_NAMES, Checkpoint
 from nexus_ext.errors import ConfigError
 from nexus_ext.quant.packed import describes_weight
 
-__all__ = ["JOURNAL", "FolderShards", "Report", "Shards", "safetensors_parts", "write_safetensors"]
+__all__ = [
+    "JOURNAL",
+    "FolderShards",
+    "Report",
+    "Shards",
+    "is_report",
+    "safetensors_parts",
+    "write_safetensors",
+]
 
 JOURNAL = "nexus-conversion.jsonl"
 
 # What was packed into a shard: lines of `PackedModule`, as JSON.
 Report: TypeAlias = "list[dict[str, Any]]"
 
+_FIELDS = {"name": str, "weights": str, "error": float, "bytes_before": int, "bytes_after": int}
 _PAGE_BYTES = 4096
+
+
+def is_report(value: object) -> bool:
+    """Whether it is what `Shards.write` was given once; a stranger may have written it since."""
+    return isinstance(value, list) and all(
+        isinstance(line, dict) and {name: type(said) for name, said in line.items()} == _FIELDS
+        for line in value
+    )
 
 
 class Shards(Protocol):
