@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["sha256_of", "write_whole"]
@@ -33,7 +34,9 @@ def write_whole(path: Path, content: str | bytes, mode: int = 0o600) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        # An interrupt may come just behind the rename.
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
     _flush_folder(path.parent)
 

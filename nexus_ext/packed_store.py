@@ -126,6 +126,10 @@ class StoredShards:
         self._places[name] = Place(entry.path, start, descriptor)
         return entry
 
+    def is_described(self) -> bool:
+        """Whether other nodes can know what it is: whoever packed it may have been killed then."""
+        return self._store.get(self._key(_DESCRIPTION)) is not None
+
     def describe(self, folder: Path) -> None:
         """Keep what describes the model, for other nodes; that it cannot be kept is no error."""
         paths = sorted(path for path in folder.iterdir() if path.is_file())
@@ -192,10 +196,12 @@ def open_packed(
         shards = StoredShards(store, folder_name, held)
         if not (folder / _INDEX).exists():
             shards.restore(folder)
-        if not _is_complete(folder / _INDEX, shards):
+        is_complete = _is_complete(folder / _INDEX, shards)
+        if not is_complete:
             # Last when it is written, first when it goes: what describes the model is whole then.
             (folder / _INDEX).unlink(missing_ok=True)
             convert(folder, shards)
+        if not (is_complete and shards.is_described()):
             shards.describe(folder)
         checkpoint = Checkpoint.open_within(folder / _INDEX, shards.place, _Lease(held))
     return folder, checkpoint

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import astuple
 from pathlib import Path
@@ -39,7 +40,7 @@ class SharedGroups:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, groups: list[Group], mode: ReadMode, *, is_verified: bool
+        self, checkpoint: Checkpoint, groups: Sequence[Group], mode: ReadMode, *, is_verified: bool
     ) -> None:
         """Open the tier; there is room for these groups, and pages around them. What other
         processes brought takes of it: with all groups nothing that somebody uses has to go.

@@ -142,3 +142,20 @@ def test_a_home_that_cannot_be_written_to(
     monkeypatch.setenv("NEXUS_HOME", str(tmp_path / "home"))
     with pytest.raises(WriteError):
         packed(plain)
+
+
+def test_who_was_killed_before_it_described_a_model_does_it_next_time(
+    plain: Path, nexus_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else other nodes never find it."""
+
+    def interrupted(shards: packed_store.StoredShards, folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_store.StoredShards, "describe", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            packed(plain)
+    nexus.close(packed(plain))
+    with tier(nexus_home) as cache:
+        assert any(entry.key.endswith("/description") for entry in cache.entries())

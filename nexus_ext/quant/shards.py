@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeGuard
 
 import torch
 
@@ -38,7 +38,7 @@ _FIELDS = {"name": str, "weights": str, "error": float, "bytes_before": int, "by
 _PAGE_BYTES = 4096
 
 
-def is_report(value: object) -> bool:
+def is_report(value: object) -> TypeGuard[Report]:
     """Whether it is what `Shards.write` was given once; a stranger may have written it since."""
     return isinstance(value, list) and all(
         isinstance(line, dict) and {name: type(said) for name, said in line.items()} == _FIELDS
@@ -85,13 +85,19 @@ class FolderShards:
             self._note(identity)
             return {}
         lines, end = _whole_lines(journal)
+        if not lines and [path.name for path in self._folder.iterdir()] == [JOURNAL]:
+            os.truncate(journal, 0)  # it was killed while it began
+            self._note(identity)
+            return {}
         if not lines or lines[0] != identity:
             raise ConfigError(
                 f"{self._folder} holds the conversion of another source or configuration. Name "
                 "another folder, or remove it."
             )
         os.truncate(journal, end)  # the next line begins where a line begins
-        return {line["shard"]: line["packed"] for line in lines[1:]}
+        done = [line for line in lines[1:] if isinstance(line, dict)]
+        reports = {str(line.get("shard")): line.get("packed") for line in done}
+        return {shard: report for shard, report in reports.items() if is_report(report)}
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor], report: Report) -> None:
         write_safetensors(self._folder / name, tensors)
