@@ -151,8 +151,8 @@ def list_repo(name: str, revision: str | None) -> Repo:
     headers = hub.utils.build_hf_headers()
     files = tuple(
         _repo_file(hub, name, info.sha, sibling)
-        for sibling in info.siblings
-        if any(fnmatch(sibling.rfilename, pattern) for pattern in _WANTED)
+        for sibling in info.siblings or ()
+        if any(fnmatch(str(sibling.rfilename), pattern) for pattern in _WANTED)
     )
     folder = f"models--{name.replace('/', '--')}"
     root = Path(hub.constants.HF_HUB_CACHE) / folder
@@ -181,6 +181,11 @@ def _info(hub: Any, name: str, revision: str | None) -> Any:
         ) from error
     except (httpx2.HTTPError, hub.errors.OfflineModeIsEnabled, OSError) as error:
         raise SourceUnavailable(f"The hub must be reachable to list {name}; {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a web page, perhaps
+        raise SourceUnavailable(
+            f"The hub must answer with a list of files; what came for {name} is none: {error!r}. "
+            "Look at what stands between, and at HF_ENDPOINT."
+        ) from error
 
 
 def _repo_file(hub: Any, name: str, commit: str, sibling: Any) -> RepoFile:

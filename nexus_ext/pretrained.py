@@ -395,10 +395,8 @@ def build_empty(
 ) -> nn.Module:
     """The model of `path/config.json` in eval mode, parameters on meta, buffers computed."""
     transformers = _transformers()
-    try:
+    with _describing(path, "config.json"):
         config = _config_of(transformers, path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"A model folder needs a config.json; {path}: {error}") from error
     kind = _class_of(transformers, config, model_class)
     dtype = _dtype_of(config, checkpoint)
     model = empty_model(kind, config, dtype)
@@ -406,8 +404,22 @@ def build_empty(
         _keep_in_float32(model, dtype, checkpoint)
     model.tie_weights()  # type: ignore[operator]
     if (path / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+        with _describing(path, "generation_config.json"):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _describing(path: Path, file: str) -> Iterator[None]:
+    """What transformers raises of a file that is missing or strange becomes a `ConfigError`."""
+    from huggingface_hub.errors import StrictDataclassError  # transformers needs it, too
+
+    try:
+        yield
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(
+            f"A model folder needs a {file} that transformers understands; {path}: {error}"
+        ) from error
 
 
 def empty_model(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:

@@ -251,3 +251,31 @@ def test_a_single_file_of_an_earlier_time_is_not_taken_for_the_model() -> None:
     path = fetch("memory://growing/llama", verify=True).path
     assert [file.path.name for file in Checkpoint.open(path).files] == ["one.safetensors"]
     memory.rm("/growing", recursive=True)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"<html>", b"null", b'{"siblings": 3}', b'{"id": "x", "sha": 3}']
+)
+def test_a_list_that_is_none(hub: HubServer, monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
+    answer = hub._answer
+
+    def strange(request: Any) -> None:
+        if request.path.startswith("/api/"):
+            hub._send(request, 200, body, {})
+        else:
+            answer(request)
+
+    monkeypatch.setattr(hub, "_answer", strange)
+    with pytest.raises((SourceUnavailable, CheckpointFormatError)):
+        fetch(NAME)
+
+
+@pytest.mark.parametrize("lfs", [{"size": 3}, 3, "x", {"sha256": "a" * 64}])
+def test_a_list_with_strange_files(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, lfs: Any
+) -> None:
+    info = hub.info()
+    info["siblings"][0]["lfs"] = lfs
+    monkeypatch.setattr(hub, "info", lambda: info)
+    with pytest.raises(SourceUnavailable):
+        fetch(NAME)

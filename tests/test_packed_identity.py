@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 import nexus_ext as nexus
 from nexus_ext import hub as hub_module
 from nexus_ext import pretrained
-from nexus_ext.errors import CheckpointChanged, CorruptCheckpoint
+from nexus_ext.errors import CheckpointChanged, ConfigError, CorruptCheckpoint
 from tests.arrivals import NAME, serve
 from tests.hub_server import COMMIT, HubServer
 from tests.test_packed_store import as_the_hub_has_it, entries, packed
@@ -143,3 +143,21 @@ def test_what_is_packed_is_the_commit_that_was_listed(
     monkeypatch.setattr(hub_module, "list_repo", listed)
     nexus.close(nexus.from_pretrained(source, weights="nf4"))
     assert asked == [None, COMMIT]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("config.json", "3"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}'),
+        ("generation_config.json", ""),
+        ("generation_config.json", "[]"),
+    ],
+)
+@pytest.mark.parametrize("weights", [None, "nf4"])
+def test_a_strange_description_is_a_typed_error(
+    source: Path, file: str, text: str, weights: str | None
+) -> None:
+    (source / file).write_text(text)
+    with pytest.raises(ConfigError, match=file):
+        nexus.from_pretrained(source, weights=weights)
