@@ -216,18 +216,6 @@ def test_an_interrupt_just_behind_the_rename(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_conversion_that_was_killed_before_its_first_line(tmp_path: Path) -> None:
-    for beginning in ("", '{"source": '):
-        (tmp_path / JOURNAL).write_text(beginning)
-        assert FolderShards(tmp_path).begin({"source": "s"}, ["a"]) == {}
-        assert (tmp_path / JOURNAL).read_text() == '{"source": "s"}\n'
-        (tmp_path / JOURNAL).unlink()
-    (tmp_path / JOURNAL).write_text("")
-    (tmp_path / "else").write_text("")
-    with pytest.raises(ConfigError):
-        FolderShards(tmp_path).begin({"source": "s"}, ["a"])
-
-
 @pytest.mark.parametrize("line", ["[]", "3", "{}", '{"shard": []}', '{"shard": "a"}'])
 def test_a_strange_journal(tmp_path: Path, line: str) -> None:
     (tmp_path / JOURNAL).write_text('{"source": "s"}\n' + line + "\n")

@@ -85,10 +85,6 @@ class FolderShards:
             self._note(identity)
             return {}
         lines, end = _whole_lines(journal)
-        if not lines and [path.name for path in self._folder.iterdir()] == [JOURNAL]:
-            os.truncate(journal, 0)  # it was killed while it began
-            self._note(identity)
-            return {}
         if not lines or lines[0] != identity:
             raise ConfigError(
                 f"{self._folder} holds the conversion of another source or configuration. Name "
