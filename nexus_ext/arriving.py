@@ -251,6 +251,7 @@ class Inbound:
 
     def _announce(self) -> NexusError | None:
         """Tell what has landed since; returns what ended a file's download, if something did."""
+        errors: list[NexusError] = []
         with self._telling:
             self._told = self._news()
             landed = self._landed()
@@ -262,11 +263,14 @@ class Inbound:
                 try:
                     shard.result()
                 except NexusError as error:
-                    return error
+                    errors.append(error)
+                    continue
                 self._settled[number] = os.fstat(self._descriptors[number]).st_mtime_ns
                 for gate in self._gates:
                     gate.settle(number, self._settled[number])
-        return None
+        # What came and is wrong is worse than what did not come.
+        errors.sort(key=lambda error: not isinstance(error, ContentMismatch))
+        return errors[0] if errors else None
 
     def _fail(self, failure: NexusError) -> None:
         if isinstance(failure, ContentMismatch):

@@ -95,12 +95,15 @@ def _reaching(path: Path, role: str) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path, role: str) -> Iterator[tuple[int, File]]:
-    """Open a regular file while its header is read; a FIFO or a device cannot make this wait."""
+def _opened(path: Path, role: str, held: int = -1) -> Iterator[tuple[int, File]]:
+    """Open a regular file while its header is read; a FIFO or a device cannot make this wait. One
+    that is held open may have lost its name.
+    """
     with _reaching(path, role):
-        real = os.path.realpath(path, strict=True)
+        real = os.path.realpath(path, strict=held < 0)
         # Without O_NONBLOCK a FIFO that has no writer waits for one, for ever.
-        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(real, flags) if held < 0 else os.dup(held)
     try:
         kind = stat.filemode(os.fstat(descriptor).st_mode)[0]
         if kind != "-":
@@ -117,8 +120,7 @@ def _opened(path: Path, role: str) -> Iterator[tuple[int, File]]:
 
 
 def read_file(place: Place, number: int, role: str = "checkpoint") -> tuple[File, list[Entry]]:
-    # By its path too: what is read here has just been found there.
-    with _opened(place.path, role) as (descriptor, opened):
+    with _opened(place.path, role, place.descriptor) as (descriptor, opened):
         file = replace(opened, start=place.start, descriptor=place.descriptor)
         header = _read_header(descriptor, file)
         entries = parse_header(header, file, number)

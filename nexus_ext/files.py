@@ -1,12 +1,16 @@
-"""Small files of our own: there as a whole, or not at all."""
+"""Small files of our own: there as a whole, or not at all; and what is in a file of any size."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["write_whole"]
+__all__ = ["sha256_of", "write_whole"]
+
+_READ_BYTES = 8 << 20
 
 
 def write_whole(path: Path, content: str | bytes, mode: int = 0o600) -> None:
@@ -30,9 +34,20 @@ def write_whole(path: Path, content: str | bytes, mode: int = 0o600) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        # An interrupt may come just behind the rename.
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
     _flush_folder(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file, hexadecimal. Reads all of it. Raises OSError."""
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(_READ_BYTES):
+            whole.update(data)
+    return whole.hexdigest()
 
 
 def _flush_folder(folder: Path) -> None:

@@ -118,8 +118,8 @@ def outline(name: str | Path) -> Outline | None:
 
 def find_local(name: str | Path) -> Path | None:
     """Where a model lies on this machine; None where it would have to be fetched. Asks nobody."""
-    path = Path(name).expanduser()
-    if path.exists():
+    path = _existing(name)
+    if path is not None:
         return path
     remembered = _remembered(str(name), None)
     if remembered is not None or _URL.match(str(name)) or _is_no_id(name):
@@ -139,8 +139,8 @@ def locate(name: str | Path, *, max_connections: int = 8, progress: Progress | N
     Raises:
         As `fetch`.
     """
-    path = Path(name).expanduser()
-    if path.exists():
+    path = _existing(name)
+    if path is not None:
         return path
     remembered = _remembered(str(name), None)
     if remembered is not None:
@@ -171,13 +171,13 @@ def arrive(
     Raises:
         As `fetch`.
     """
-    path = Path(name).expanduser()
-    if path.exists():
+    path = _existing(name)
+    if path is not None:
         return path
     if (remembered := _remembered(str(name), None)) is not None:
         return remembered
     url = str(name) if _URL.match(str(name)) else None
-    if url is None and (len(path.parts) != 2 or is_offline()):
+    if url is None and (len(Path(name).parts) != 2 or is_offline()):
         return locate(name, max_connections=max_connections, progress=progress)
     names: dict[str, str] = {}  # known when the hub has listed the files
     downloader = Downloader(
@@ -282,8 +282,9 @@ def fetch(
         WriteError: The disk would not take it.
     """
     began = time.perf_counter()
-    if Path(name).expanduser().exists():
-        return _report(Path(name).expanduser(), "", began)
+    path = _existing(name)
+    if path is not None:
+        return _report(path, "", began)
     if _URL.match(str(name)):
         return _fetch_url(str(name), verify, max_connections, progress, began)
     if _is_no_id(name):
@@ -293,6 +294,17 @@ def fetch(
     if is_offline():
         return _report(cached_snapshot(str(name), revision), revision or "", began)
     return _fetch_repo(str(name), revision, verify, max_connections, progress, began)
+
+
+def _existing(name: str | Path) -> Path | None:
+    """The path, if something is there. A URL is none: errors about paths would show its secrets."""
+    if _URL.match(str(name)):
+        return None
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's home
+        return None
 
 
 def _is_no_id(name: str | Path) -> bool:
@@ -392,7 +404,11 @@ def _note_of(name: str, revision: str | None) -> Path:
 
 def _remember(name: str, revision: str | None, path: Path, files: Mapping[str, int]) -> None:
     note = {"path": str(path), "files": dict(files)}  # not the name: a URL may hold a secret
-    write_whole(_note_of(name, revision), json.dumps(note))
+    try:
+        write_whole(_note_of(name, revision), json.dumps(note))
+    except OSError as error:
+        # The error's text has the path of the note, and nothing of the name.
+        _log.warning("%s is here, but will be asked for again: %s", path, error)
 
 
 def _remembered(name: str, revision: str | None) -> Path | None:

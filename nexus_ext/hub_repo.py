@@ -13,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -28,6 +30,7 @@ from nexus_ext.errors import (
     ContentMismatch,
     MissingExtra,
     SourceUnavailable,
+    WriteError,
 )
 from nexus_ext.files import write_whole
 from nexus_ext.shards import Here, Shard
@@ -54,6 +57,7 @@ _WEIGHTS = ".safetensors"
 # Weights as safetensors, and what describes them; never pickles.
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 _READ_BYTES = 8 << 20
+_SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -138,15 +142,17 @@ def list_repo(name: str, revision: str | None) -> Repo:
         ConfigError: It knows no such model or revision.
         AccessDenied: It wants a token, or another.
         SourceUnavailable: It cannot be reached.
-        CheckpointFormatError: A file name that could leave the folder.
+        CheckpointFormatError: A file name, or a digest that becomes one, that could leave the
+            folder; a size that is none.
     """
     hub = _hub()
     info = _info(hub, name, revision)
+    _check_digest(info.sha, _SHA1, name, "its commit")
     headers = hub.utils.build_hf_headers()
     files = tuple(
         _repo_file(hub, name, info.sha, sibling)
-        for sibling in info.siblings
-        if any(fnmatch(sibling.rfilename, pattern) for pattern in _WANTED)
+        for sibling in info.siblings or ()
+        if any(fnmatch(str(sibling.rfilename), pattern) for pattern in _WANTED)
     )
     folder = f"models--{name.replace('/', '--')}"
     root = Path(hub.constants.HF_HUB_CACHE) / folder
@@ -175,6 +181,11 @@ def _info(hub: Any, name: str, revision: str | None) -> Any:
         ) from error
     except (httpx2.HTTPError, hub.errors.OfflineModeIsEnabled, OSError) as error:
         raise SourceUnavailable(f"The hub must be reachable to list {name}; {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a web page, perhaps
+        raise SourceUnavailable(
+            f"The hub must answer with a list of files; what came for {name} is none: {error!r}. "
+            "Look at what stands between, and at HF_ENDPOINT."
+        ) from error
 
 
 def _repo_file(hub: Any, name: str, commit: str, sibling: Any) -> RepoFile:
@@ -185,13 +196,31 @@ def _repo_file(hub: Any, name: str, commit: str, sibling: Any) -> RepoFile:
             f"A file of a repository has a path inside it; {name} has {file!r}. Do not use it."
         )
     lfs = sibling.lfs
+    size = sibling.size if lfs is None else lfs.size
+    if type(size) is not int or size < 0:
+        raise CheckpointFormatError(
+            f"A file of a repository has a size; {name} says {size!r} of {file!r}. Do not use it."
+        )
+    if lfs is not None:
+        _check_digest(lfs.sha256, _SHA256, name, file)
+    else:
+        _check_digest(sibling.blob_id, _SHA1, name, file)
     return RepoFile(
         file,
-        sibling.size if lfs is None else lfs.size,
+        size,
         hub.hf_hub_url(name, file, revision=commit),
         None if lfs is None else lfs.sha256,
         sibling.blob_id,
     )
+
+
+def _check_digest(digest: Any, pattern: re.Pattern[str], name: str, what: str) -> None:
+    """It becomes the name of a file or folder."""
+    if not isinstance(digest, str) or not pattern.fullmatch(digest):
+        raise CheckpointFormatError(
+            f"A repository says digests in hexadecimal; {name} says {digest!r} of {what}. Do not "
+            "use it."
+        )
 
 
 def fetch_repo(repo: Repo, downloader: Downloader, *, verify: bool) -> int:
@@ -201,10 +230,11 @@ def fetch_repo(repo: Repo, downloader: Downloader, *, verify: bool) -> int:
         DownloadError: See `Downloader.fetch`; small files that differ from git's digest as well.
         WriteError: The disk would not take it.
     """
-    missing = [file for file in repo.files if not _is_there(repo, file, verify)]
-    distinct = {file.blob: file for file in missing}
-    repo.snapshot.mkdir(parents=True, exist_ok=True)
-    (repo.root / "blobs").mkdir(exist_ok=True)
+    with _filing(repo):
+        missing = [file for file in repo.files if not _is_there(repo, file, verify)]
+        distinct = {file.blob: file for file in missing}
+        repo.snapshot.mkdir(parents=True, exist_ok=True)
+        (repo.root / "blobs").mkdir(exist_ok=True)
     downloader.fetch_all(_download(repo, file) for file in distinct.values())
     for file in distinct.values():
         _check_small(repo, file)
@@ -260,7 +290,8 @@ def start_shards(
     repo: Repo, shards: Sequence[RepoFile], downloader: Downloader
 ) -> dict[str, Shard]:
     """Begin what is missing, lazily; by name."""
-    (repo.root / "blobs").mkdir(exist_ok=True)
+    with _filing(repo):
+        (repo.root / "blobs").mkdir(exist_ok=True)
     return {
         file.name: Here(repo.blob(file))
         if _is_there(repo, file, verify=False)
@@ -270,11 +301,28 @@ def start_shards(
 
 
 def keep_repo(repo: Repo) -> None:
-    """All of it is in the cache: give the files their names, and note the branch."""
-    for file in repo.files:
-        _link(repo, file)
-    if repo.revision != repo.commit:
-        write_whole(repo.root / "refs" / repo.revision, repo.commit)
+    """All of it is in the cache: give the files their names, and note the branch.
+
+    Raises:
+        WriteError: The disk would not take it.
+    """
+    with _filing(repo):
+        for file in repo.files:
+            _link(repo, file)
+        if repo.revision != repo.commit:
+            write_whole(repo.root / "refs" / repo.revision, repo.commit)
+
+
+@contextmanager
+def _filing(repo: Repo) -> Iterator[None]:
+    """What the disk refuses becomes a `WriteError`."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(
+            f"The hub's cache must take {repo.name}; {repo.root} would not: {error}. Make room, "
+            "look at its permissions, or name another one with HF_HUB_CACHE."
+        ) from error
 
 
 def _download(repo: Repo, file: RepoFile) -> Download:

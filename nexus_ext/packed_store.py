@@ -14,8 +14,8 @@ import base64
 import json
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,10 +25,16 @@ from nexus_ext.cache import DiskTier, Entry, RemoteStore, Tier, TieredStore
 from nexus_ext.cache.blob import open_blob, read_header
 from nexus_ext.cache.work_locks import locked
 from nexus_ext.checkpoint import Checkpoint, Place
+from nexus_ext.checkpoint_files import read_file, read_index
 from nexus_ext.config import cache_bytes, cache_folder, home_folder, store_url
-from nexus_ext.errors import CheckpointFormatError, CorruptCheckpoint, ReadError, WriteError
+from nexus_ext.errors import (
+    CheckpointFormatError,
+    CorruptCheckpoint,
+    NexusError,
+    WriteError,
+)
 from nexus_ext.files import write_whole
-from nexus_ext.quant.shards import Report, Shards, safetensors_parts
+from nexus_ext.quant.shards import Report, is_report, safetensors_parts
 
 __all__ = ["StoredShards", "open_packed"]
 
@@ -36,6 +42,8 @@ _KIND = "packed"
 _INDEX = "model.safetensors.index.json"
 # Under it all that is in the folder, for nodes that have no such folder yet.
 _DESCRIPTION = "description"
+# Linux's own limit, less what a temporary has more.
+_MAX_NAME_BYTES = 255 - 16
 
 Store: TypeAlias = "DiskTier | TieredStore"
 
@@ -53,22 +61,36 @@ class StoredShards:
         self._model = model
         self._held = held
         self._places: dict[str, Place] = {}
+        self._check: Callable[[], None] = lambda: None
+
+    def guard(self, check: Callable[[], None]) -> None:
+        """Called around every shard that is written: raises where its source is another by now."""
+        self._check = check
 
     def begin(self, identity: Mapping[str, Any], names: Sequence[str]) -> dict[str, Report]:
         """Those that are there; the name of the model says of which conversion."""
         found = {name: self.find(name) for name in names}
-        return {name: entry.about["report"] for name, entry in found.items() if entry is not None}
+        reports = {name: entry.about.get("report") for name, entry in found.items() if entry}
+        # Another node may have said something else: then it is packed again.
+        return {name: report for name, report in reports.items() if is_report(report)}
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor], report: Report) -> None:
         """As `Shards.write`.
 
         Raises:
             WriteError: The cache would not take it.
+            CheckpointChanged: As `guard` says.
         """
+        self._check()
         about = {"report": report}
         entry = self._store.put(
             self._key(name), safetensors_parts(tensors), kind=_KIND, about=about
         )
+        try:
+            self._check()  # what is not packed may be read from the source as late as this
+        except NexusError:
+            self._store.evict(self._key(name))
+            raise
         if entry is None or self.find(name) is None:
             raise WriteError(
                 f"The cache in {cache_folder()} must take the packed weights, and would not: "
@@ -78,13 +100,17 @@ class StoredShards:
         self.num_written += 1
 
     def find(self, name: str) -> Entry | None:
-        """A shard that is there, here or in the nodes' store; it stays from now on."""
+        """A shard that is there, here or in the nodes' store; it stays from now on.
+
+        Raises:
+            ReadError: It is there, and cannot be opened or read.
+        """
         entry = self._store.get(self._key(name))
         if entry is None or name in self._places:
             return entry
         try:
             descriptor = open_blob(entry.path)
-        except (FileNotFoundError, ReadError):
+        except FileNotFoundError:
             return None
         except CorruptCheckpoint:
             self._store.evict(self._key(name))
@@ -99,6 +125,10 @@ class StoredShards:
         self._held.enter_context(self._store.hold(self._key(name)))
         self._places[name] = Place(entry.path, start, descriptor)
         return entry
+
+    def is_described(self) -> bool:
+        """Whether other nodes can know what it is: whoever packed it may have been killed then."""
+        return self._store.get(self._key(_DESCRIPTION)) is not None
 
     def describe(self, folder: Path) -> None:
         """Keep what describes the model, for other nodes; that it cannot be kept is no error."""
@@ -121,9 +151,8 @@ class StoredShards:
         return self._places[name]
 
     def tensor_names(self, name: str) -> tuple[list[str], int]:
-        place = self.place(name)
-        made = Checkpoint.open(place.path, start=place.start)
-        return list(made.entries), made.nbytes
+        _, entries = read_file(self.place(name), 0)
+        return [entry.name for entry in entries], sum(entry.nbytes for entry in entries)
 
     def end(self) -> None:
         """Nothing is left to do."""
@@ -133,7 +162,10 @@ class StoredShards:
 
 
 def open_packed(
-    folder_name: str, convert: Callable[[Path, Shards], object]
+    folder_name: str,
+    convert: Callable[[Path, StoredShards], object],
+    *,
+    is_known_everywhere: bool,
 ) -> tuple[Path, Checkpoint]:
     """The packed model of this name; packed now where it is not there, by one process at a time.
 
@@ -143,23 +175,33 @@ def open_packed(
         folder_name: Names source and configuration.
         convert: Called where something is neither here nor in the nodes' store: writes what
             describes the model into a folder, and the shards that are missing.
+        is_known_everywhere: Whether the name means the same on every node; else the nodes' store
+            is left alone.
 
     Returns:
         The folder, and the checkpoint over the shards.
 
     Raises:
         WriteError: There is no room.
+        ReadError: A shard cannot be opened or read.
+        CheckpointFormatError: What the nodes' store says of the model is strange.
     """
     folder = home_folder() / "converted" / folder_name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held, locked(folder.parent / f"{folder_name}.lock"):
-        store = _open_store()
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = locked(folder.parent / f"{folder_name}.lock")
+    with _writing(folder), ExitStack() as held, lock:
+        store = _open_store(store_url() if is_known_everywhere else None)
         held.callback(store.close)
         shards = StoredShards(store, folder_name, held)
         if not (folder / _INDEX).exists():
             shards.restore(folder)
-        if not _is_complete(folder / _INDEX, shards):
+        is_complete = _is_complete(folder / _INDEX, shards)
+        if not is_complete:
+            # Last when it is written, first when it goes: what describes the model is whole then.
+            (folder / _INDEX).unlink(missing_ok=True)
             convert(folder, shards)
+        if not (is_complete and shards.is_described()):
             shards.describe(folder)
         checkpoint = Checkpoint.open_within(folder / _INDEX, shards.place, _Lease(held))
     return folder, checkpoint
@@ -172,8 +214,7 @@ class _Lease:
         self.close = weakref.finalize(self, held.pop_all().close)
 
 
-def _open_store() -> Store:
-    url = store_url()
+def _open_store(url: str | None) -> Store:
     if url is None:
         return DiskTier(cache_folder(), cache_bytes())
     # Read in place, so never compressed here.
@@ -182,10 +223,11 @@ def _open_store() -> Store:
 
 
 def _is_complete(index: Path, shards: StoredShards) -> bool:
-    """The index comes last."""
-    if not index.exists():
+    """The index comes last; a damaged one is made again."""
+    try:
+        names = sorted(read_index(index))
+    except CheckpointFormatError:
         return False
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     return None not in [shards.find(name) for name in names]
 
 
@@ -196,9 +238,24 @@ def _parse_description(text: bytes, model: str) -> dict[str, bytes]:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _strange(model, str(error)) from error
     for name in files:
-        if Path(name).name != name or not name.isprintable():
+        is_plain = Path(name).name == name and name.isprintable() and name not in ("", "..")
+        if not is_plain or len(name.encode()) > _MAX_NAME_BYTES:
             raise _strange(model, f"it names {name!r}")
     return files
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What the disk refuses becomes a `WriteError`."""
+    try:
+        yield
+    except NexusError:
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"What describes a packed model is kept in {folder}, which cannot be written to: "
+            f"{error.strerror}. Make room, or name another folder with NEXUS_HOME."
+        ) from error
 
 
 def _strange(model: str, what: str) -> CheckpointFormatError:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,17 +19,18 @@ import torch
 from torch import nn
 
 from nexus_ext.arriving import Inbound
-from nexus_ext.checkpoint import Checkpoint
+from nexus_ext.checkpoint import Checkpoint, Stamp
 from nexus_ext.config import StreamConfig, store_url
 from nexus_ext.conversion import Conversion
 from nexus_ext.device import Device
-from nexus_ext.errors import ConfigError, MissingExtra
+from nexus_ext.errors import CheckpointChanged, ConfigError, CorruptCheckpoint, MissingExtra
 from nexus_ext.experts.budget import divide
 from nexus_ext.experts.find import find_experts
-from nexus_ext.hub import Outline, arrive, locate, outline
+from nexus_ext.files import sha256_of
+from nexus_ext.hub import Outline, arrive, fetch, locate, outline
 from nexus_ext.layout import lay_out
 from nexus_ext.module import stream
-from nexus_ext.packed_store import open_packed
+from nexus_ext.packed_store import StoredShards, open_packed
 from nexus_ext.plan import Plan
 from nexus_ext.quant.config import QuantConfig, config_of
 from nexus_ext.quant.convert import PackedModule, convert_checkpoint
@@ -307,27 +309,85 @@ def _packed(
     """This model, packed: what describes it, and its shards in the cache; made where missing."""
     assert not isinstance(source, Inbound)  # packing needs all of it: see source_of
     if isinstance(source, Outline):
-        path, identity = source.folder, json.dumps(source.weights)
+        path, content, identity = source.folder, list(source.weights), ""
     else:
-        path, identity = source, _identity(open_checkpoint(source))
-    described = path / "config.json"
-    about = described.read_text() if described.exists() else ""
-    key = hashlib.sha256(repr((identity, about, config, groups)).encode()).hexdigest()[:16]
+        original = open_checkpoint(source)
+        path, content, identity = source, _content(original), original.fingerprint
+    facts = (json.dumps(content or identity), *_descriptions(path), config, groups)
+    named = (
+        f"{model_class.__module__}.{model_class.__qualname__}"
+        if isinstance(model_class, type)
+        else model_class
+    )
+    key = hashlib.sha256(repr((*facts, named)).encode()).hexdigest()[:16]
 
-    def pack(folder: Path, shards: Shards) -> None:
+    def pack(folder: Path, shards: StoredShards) -> None:
         _log.info("packing %s into the cache", path)
-        here = locate(source.name) if isinstance(source, Outline) else source
+        here = _fetched(source) if isinstance(source, Outline) else source
+        checkpoint = open_checkpoint(here)
+        shards.guard(lambda: _check_unchanged(checkpoint))
+        if content:
+            _check_content(checkpoint, content)
+        elif checkpoint.fingerprint != identity:
+            raise _changed(here)
         _convert(here, folder, config, model_class, groups, shards, progress)
 
-    return open_packed(f"{path.name}-{key}", pack)
+    # Inodes and times are of this machine: on another one they may be those of other bytes.
+    return open_packed(f"{path.name}-{key}", pack, is_known_everywhere=bool(content))
 
 
-def _identity(checkpoint: Checkpoint) -> str:
-    """Names the bytes. In the hub's layout files are called by what is in them, on every node."""
-    names = [file.path.name for file in checkpoint.files]
-    if all(_SHA256.fullmatch(name) for name in names):
-        return json.dumps([(file.path.name, file.stamp.size) for file in checkpoint.files])
-    return checkpoint.fingerprint
+def _descriptions(path: Path) -> list[bytes]:
+    """What a model is built of, beside its weights: see `build_empty`."""
+    files = [path / name for name in ("config.json", "generation_config.json")]
+    return [file.read_bytes() if file.exists() else b"" for file in files]
+
+
+def _content(checkpoint: Checkpoint) -> list[tuple[str, int]]:
+    """Digests and bytes of the files. In the hub's layout they are called by what is in them, on
+    every node; empty where they are not.
+    """
+    files = [(file.path.name, file.stamp.size) for file in checkpoint.files]
+    return files if all(_SHA256.fullmatch(name) for name, _ in files) else []
+
+
+def _fetched(outlined: Outline) -> Path:
+    """That very commit: the branch may have moved since it was listed."""
+    here = locate(outlined.name)
+    if here.resolve() == outlined.folder.resolve():
+        return here
+    return fetch(outlined.name, revision=outlined.folder.name).path
+
+
+def _check_content(checkpoint: Checkpoint, content: list[tuple[str, int]]) -> None:
+    """All nodes will believe that it was packed of this."""
+    if _content(checkpoint) != content:
+        raise _changed(checkpoint.path)
+    for file in checkpoint.files:
+        if sha256_of(file.path) != file.path.name:
+            raise CorruptCheckpoint(
+                f"A file of the hub's cache is called by the SHA-256 of its bytes; {file.path} has "
+                "others. Fetch it again: nexus fetch MODEL --verify."
+            )
+
+
+def _check_unchanged(checkpoint: Checkpoint) -> None:
+    for file in checkpoint.files:
+        try:
+            descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _changed(file.path) from error
+        try:
+            if Stamp.of(descriptor) != file.stamp:
+                raise _changed(file.path)
+        finally:
+            os.close(descriptor)
+
+
+def _changed(path: Path) -> CheckpointChanged:
+    return CheckpointChanged(
+        f"A model must not change while it is packed, but {path} did. Open it again when its "
+        "writer has finished."
+    )
 
 
 def build_empty(
@@ -335,10 +395,8 @@ def build_empty(
 ) -> nn.Module:
     """The model of `path/config.json` in eval mode, parameters on meta, buffers computed."""
     transformers = _transformers()
-    try:
+    with _describing(path, "config.json"):
         config = _config_of(transformers, path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"A model folder needs a config.json; {path}: {error}") from error
     kind = _class_of(transformers, config, model_class)
     dtype = _dtype_of(config, checkpoint)
     model = empty_model(kind, config, dtype)
@@ -346,8 +404,22 @@ def build_empty(
         _keep_in_float32(model, dtype, checkpoint)
     model.tie_weights()  # type: ignore[operator]
     if (path / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+        with _describing(path, "generation_config.json"):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _describing(path: Path, file: str) -> Iterator[None]:
+    """What transformers raises of a file that is missing or strange becomes a `ConfigError`."""
+    from huggingface_hub.errors import StrictDataclassError  # transformers needs it, too
+
+    try:
+        yield
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(
+            f"A model folder needs a {file} that transformers understands; {path}: {error}"
+        ) from error
 
 
 def empty_model(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:

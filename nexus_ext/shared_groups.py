@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import astuple
 from pathlib import Path
 
@@ -39,9 +40,10 @@ class SharedGroups:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, groups: list[Group], mode: ReadMode, *, is_verified: bool
+        self, checkpoint: Checkpoint, groups: Sequence[Group], mode: ReadMode, *, is_verified: bool
     ) -> None:
-        """Open the tier; there is room for these groups, and pages around them.
+        """Open the tier; there is room for these groups, and pages around them. What other
+        processes brought takes of it: with all groups nothing that somebody uses has to go.
 
         Args:
             checkpoint: Whole files.
@@ -54,8 +56,10 @@ class SharedGroups:
         self._mode = mode
         self._is_verified = is_verified
         room = sum(file_bytes(group.nbytes) + 2 * _PAGE_BYTES for group in groups)
-        # A folder for each checkpoint: who streams another one has a budget of its own.
-        folder = default_folder(f"groups of {checkpoint.path}: {checkpoint.fingerprint}")
+        # A folder for each checkpoint: who streams another one has a budget of its own. And what
+        # somebody read without looking at digests is not what others want who do.
+        name = f"groups of {checkpoint.path}: {checkpoint.fingerprint}"
+        folder = default_folder(f"{name}, verified" if is_verified else name)
         self._tier = RamTier(room, folder=folder)
         self._holds = ExitStack()
 
@@ -80,8 +84,9 @@ class SharedGroups:
         """
         digest = self._digest(group, phase)
         home = home_folder()
-        home.mkdir(parents=True, exist_ok=True)
-        # Only saves work: who comes second maps what the first one read.
+        # Only saves work: who comes second maps what the first one read. Without it both read.
+        with suppress(OSError):
+            home.mkdir(parents=True, exist_ok=True)
         with locked(home / "shared-groups.lock", int(digest, 16) % _NUM_LOCKS):
             memory = self._tier.fill(
                 digest, group.nbytes, lambda out: self._read(group, out), phase=phase

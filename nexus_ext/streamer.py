@@ -148,7 +148,7 @@ class Streamer:
         """Bring what processes share; what finds no room there streams."""
         wanted = [self.groups[group] for group in self.plan.shared]
         self._shared = SharedGroups(
-            self._checkpoint, wanted, choice.mode, is_verified=self.config.verify != "off"
+            self._checkpoint, self.groups, choice.mode, is_verified=self.config.verify != "off"
         )
         total = sum(group.nbytes for group in wanted)
         done = 0

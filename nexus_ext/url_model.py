@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from nexus_ext.config import home_folder
 from nexus_ext.download import Download, Downloader, Fetched
 from nexus_ext.download.facts import shown
-from nexus_ext.errors import CheckpointFormatError, SourceRefused
+from nexus_ext.errors import CheckpointFormatError, SourceMissing, SourceRefused
 from nexus_ext.shards import Shard
 
 __all__ = ["fetch_url", "folder_of", "start_url"]
@@ -79,17 +79,22 @@ def start_url(url: str, downloader: Downloader) -> dict[str, Shard] | None:
 
 
 def _described(url: str, folder: Path, downloader: Downloader) -> list[Fetched]:
-    found = []
+    found, missing = [], []
     arriving = [
         downloader.start(Download(_inside(url, name), folder / name))
         for name in (*_DESCRIPTIONS, _INDEX)
     ]
-    for one in arriving:
+    for name, one in zip((*_DESCRIPTIONS, _INDEX), arriving, strict=True):
         try:
             found.append(one.result())
+        except SourceMissing as error:
+            missing.append(folder / name)
+            _log.info("left out: %s", error)
         except SourceRefused as error:
             # An object store that may not be listed refuses what is not there.
             _log.info("left out: %s", error)
+    for path in missing if found else ():  # else the server may have lost all of it
+        path.unlink(missing_ok=True)  # of an earlier time
     return found
 
 
@@ -108,6 +113,8 @@ def _shards(url: str, folder: Path, downloader: Downloader) -> list[str]:
             raise CheckpointFormatError(
                 f"an index names plain files of its folder, got {name!r}; do not use this model"
             )
+    if _SINGLE not in names:
+        (folder / _SINGLE).unlink(missing_ok=True)  # of an earlier time: it would be opened first
     return sorted(names)
 
 

@@ -317,7 +317,9 @@ def test_what_one_node_packed_another_one_finds(
     answers, written, fetched = [], [], []
     opened: list[Any] = []
     store = packed_store._open_store
-    monkeypatch.setattr(packed_store, "_open_store", lambda: opened.append(store()) or opened[-1])
+    monkeypatch.setattr(
+        packed_store, "_open_store", lambda url: opened.append(store(url)) or opened[-1]
+    )
     for number, node in enumerate(nodes):
         monkeypatch.setenv("NEXUS_HOME", str(tmp_path / f"home{number}"))
         with packed(node) as model:
@@ -342,7 +344,7 @@ def test_a_store_that_is_away_is_no_reason_to_fail(
 ) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("NEXUS_STORE", f"file://{tmp_path}/file/store")
-    with packed(plain) as model:
+    with packed(as_the_hub_has_it(plain, tmp_path / "hub")) as model:
         logits(model)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeGuard
 
 import torch
 
@@ -19,14 +19,31 @@ from nexus_ext.checkpoint import ALIGNMENT, DTYPE_NAMES, Checkpoint
 from nexus_ext.errors import ConfigError
 from nexus_ext.quant.packed import describes_weight
 
-__all__ = ["JOURNAL", "FolderShards", "Report", "Shards", "safetensors_parts", "write_safetensors"]
+__all__ = [
+    "JOURNAL",
+    "FolderShards",
+    "Report",
+    "Shards",
+    "is_report",
+    "safetensors_parts",
+    "write_safetensors",
+]
 
 JOURNAL = "nexus-conversion.jsonl"
 
 # What was packed into a shard: lines of `PackedModule`, as JSON.
 Report: TypeAlias = "list[dict[str, Any]]"
 
+_FIELDS = {"name": str, "weights": str, "error": float, "bytes_before": int, "bytes_after": int}
 _PAGE_BYTES = 4096
+
+
+def is_report(value: object) -> TypeGuard[Report]:
+    """Whether it is what `Shards.write` was given once; a stranger may have written it since."""
+    return isinstance(value, list) and all(
+        isinstance(line, dict) and {name: type(said) for name, said in line.items()} == _FIELDS
+        for line in value
+    )
 
 
 class Shards(Protocol):
@@ -74,7 +91,9 @@ class FolderShards:
                 "another folder, or remove it."
             )
         os.truncate(journal, end)  # the next line begins where a line begins
-        return {line["shard"]: line["packed"] for line in lines[1:]}
+        done = [line for line in lines[1:] if isinstance(line, dict)]
+        reports = {str(line.get("shard")): line.get("packed") for line in done}
+        return {shard: report for shard, report in reports.items() if is_report(report)}
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor], report: Report) -> None:
         write_safetensors(self._folder / name, tensors)
