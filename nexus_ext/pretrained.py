@@ -51,6 +51,8 @@ __all__ = [
 
 _log = logging.getLogger("nexus_ext")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# What packing makes of the same weights: another number is another model in the cache.
+_PACKING = 1
 
 # Requests for headers are this divided by the connections: little else comes with them.
 _HEADERS_CHUNK = "512KiB"
@@ -319,7 +321,7 @@ def _packed(
         if isinstance(model_class, type)
         else model_class
     )
-    key = hashlib.sha256(repr((*facts, named)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((_PACKING, *facts, named)).encode()).hexdigest()[:16]
 
     def pack(folder: Path, shards: StoredShards) -> None:
         _log.info("packing %s into the cache", path)
