@@ -91,7 +91,8 @@ class Outline:
 
 
 def outline(name: str | Path) -> Outline | None:
-    """What a hub id means, before its weights are fetched. Blocks for what describes it.
+    """What a hub id means, before its weights are fetched. Blocks for what describes it; the second
+    time nobody is asked.
 
     Returns:
         None for paths, URLs and ids of models that are here; where nobody can be asked; and where
@@ -101,8 +102,11 @@ def outline(name: str | Path) -> Outline | None:
         As `fetch`.
     """
     is_id = not _URL.match(str(name)) and not _is_no_id(name)
-    if not is_id or find_local(name) is not None or is_offline():
+    if not is_id or find_local(name) is not None:
         return None
+    known = _known_outline(str(name))
+    if known is not None or is_offline():
+        return known
     try:
         repo = list_repo(str(name), None)
     except SourceUnavailable:
@@ -113,7 +117,24 @@ def outline(name: str | Path) -> Outline | None:
     if weights is None:
         return None
     facts = tuple((file.blob, file.nbytes) for file in weights)
-    return Outline(str(name), repo.snapshot, facts)
+    found = Outline(str(name), repo.snapshot, facts)
+    _write_note(_outline_note(str(name)), {"folder": str(found.folder), "weights": facts})
+    return found
+
+
+def _outline_note(name: str) -> Path:
+    return home_folder() / "outlined" / f"{_digest(name)}.json"
+
+
+def _known_outline(name: str) -> Outline | None:
+    """As it was listed before, if what describes it is here; a strange note counts as none."""
+    try:
+        note = json.loads(_outline_note(name).read_bytes())
+        folder = Path(note["folder"])
+        weights = tuple((str(digest), int(nbytes)) for digest, nbytes in note["weights"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return Outline(name, folder, weights) if (folder / "config.json").is_file() else None
 
 
 def find_local(name: str | Path) -> Path | None:
@@ -397,18 +418,25 @@ def _named(
 # -- what was fetched before -----------------------------------------------------------------------
 
 
+def _digest(what: object) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+
+
 def _note_of(name: str, revision: str | None) -> Path:
-    digest = hashlib.sha256(json.dumps([name, revision]).encode()).hexdigest()[:32]
-    return home_folder() / "fetched" / f"{digest}.json"
+    return home_folder() / "fetched" / f"{_digest([name, revision])}.json"
 
 
 def _remember(name: str, revision: str | None, path: Path, files: Mapping[str, int]) -> None:
-    note = {"path": str(path), "files": dict(files)}  # not the name: a URL may hold a secret
+    _write_note(_note_of(name, revision), {"path": str(path), "files": dict(files)})
+
+
+def _write_note(path: Path, note: Mapping[str, object]) -> None:
+    """Without the name: a URL may hold a secret."""
     try:
-        write_whole(_note_of(name, revision), json.dumps(note))
+        write_whole(path, json.dumps(note))
     except OSError as error:
         # The error's text has the path of the note, and nothing of the name.
-        _log.warning("%s is here, but will be asked for again: %s", path, error)
+        _log.warning("what is here now will be asked for again: %s", error)
 
 
 def _remembered(name: str, revision: str | None) -> Path | None:

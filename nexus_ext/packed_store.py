@@ -49,14 +49,9 @@ Store: TypeAlias = "DiskTier | TieredStore"
 
 
 class StoredShards:
-    """The shards of one model, in the cache. What was found or written stays till `held` ends.
-
-    Attributes:
-        num_written: Shards that were packed here.
-    """
+    """The shards of one model, in the cache. What was found or written stays till `held` ends."""
 
     def __init__(self, store: Store, model: str, held: ExitStack) -> None:
-        self.num_written = 0
         self._store = store
         self._model = model
         self._held = held
@@ -97,7 +92,6 @@ class StoredShards:
                 f"{_why_not(self._store)}. Make room, raise NEXUS_CACHE_BYTES, or convert into a "
                 "folder (nexus convert); what is done stays."
             )
-        self.num_written += 1
 
     def find(self, name: str) -> Entry | None:
         """A shard that is there, here or in the nodes' store; it stays from now on.

@@ -342,6 +342,10 @@ def test_a_node_with_a_store_fetches_what_another_one_packed(
         sent.append(hub.sent["model.safetensors"] - before)
     assert torch.equal(*answers)
     assert sent == [weights(hub), 0]
+    counts = dict(hub.asked)
+    with nexus.from_pretrained(NAME, weights="nf4") as model, torch.inference_mode():
+        assert torch.equal(model(PROMPT).logits, answers[0])
+    assert dict(hub.asked) == counts, "the second time nobody is asked"
     record_count("weights that the first of two nodes got from the hub, bytes", sent[0])
     record_count("weights that the second got from the hub, bytes", sent[1])
     # What the store has lost is packed again, of the original.
