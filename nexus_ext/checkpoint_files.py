@@ -48,6 +48,7 @@ _WANTED = (
 
 
 def locate(path: Path) -> Path:
+    """The file or index that is meant by a path. Raises as `Checkpoint.open`."""
     if os.path.isdir(path):
         return _choose(path)
     if path.suffix in _PICKLE_SUFFIXES:
@@ -120,6 +121,7 @@ def _opened(path: Path, role: str, held: int = -1) -> Iterator[tuple[int, File]]
 
 
 def read_file(place: Place, number: int, role: str = "checkpoint") -> tuple[File, list[Entry]]:
+    """One file with weights and its tensors; `number` is its place among the checkpoint's files."""
     with _opened(place.path, role, place.descriptor) as (descriptor, opened):
         file = replace(opened, start=place.start, descriptor=place.descriptor)
         header = _read_header(descriptor, file)
@@ -187,6 +189,7 @@ def _ask_safetensors(header: bytes, file: File) -> None:
 
 
 def read_shards(index: Path, place: Callable[[str], Place]) -> tuple[list[File], list[Entry]]:
+    """All that an index names, in the order of the names; `place` says where a shard lies."""
     files: list[File] = []
     entries: list[Entry] = []
     shards = read_index(index)
@@ -256,10 +259,12 @@ def changed(file: File) -> CheckpointChanged:
 
 
 def sample(names: Iterable[str]) -> str:
+    """Some names, for a message."""
     ordered = list(names)
     more = f" and {len(ordered) - _MAX_LISTED} more" if len(ordered) > _MAX_LISTED else ""
     return ", ".join(map(quote, ordered[:_MAX_LISTED])) + more
 
 
 def listed(names: set[str]) -> str:
+    """How many names, and some of them."""
     return f"{len(names)}: {sample(sorted(names))}"

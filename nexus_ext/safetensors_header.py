@@ -123,11 +123,14 @@ def _are_integers(value: object) -> TypeGuard[list[int]]:
 
 
 def truncated(file: File, needed: int, what: str) -> TruncatedCheckpoint:
+    """The error for a file that ends before `what` does."""
     return TruncatedCheckpoint(
         f"{file.path} must have {needed} bytes for {what}, but has {file.stamp.size}; {AGAIN}"
     )
 
 
 def file_order(entry: Entry) -> tuple[int, int, int, str]:
-    # Tensors without bytes share an offset with a neighbour; size and name settle the order.
+    """A key to sort entries as they lie. Tensors without bytes share an offset with a neighbour;
+    size and name settle the order.
+    """
     return entry.file, entry.offset, entry.nbytes, entry.name
