@@ -181,8 +181,8 @@ def run(folder: Path, size: int, num_rounds: int) -> dict[str, list[dict[str, fl
             file.write(os.urandom(1 << 20))
     with served(source) as port:
         arms: dict[str, Callable[[], None]] = {
-            "nexus": lambda: nexus(port, target, "8MiB"),
-            "nexus_large_chunks": lambda: nexus(port, target, "64MiB"),
+            "nexus": lambda: nexus(port, target, "64MiB"),
+            "nexus_small_chunks": lambda: nexus(port, target, "8MiB"),
             "sockets": lambda: sockets(port, size, None),
             "sockets_to_file": lambda: sockets(port, size, target),
             "sha256": lambda: digest(source),
@@ -210,7 +210,7 @@ def summary(rounds: dict[str, list[dict[str, float]]]) -> dict[str, object]:
         best = max(one["gbps"] for one in rounds["curl"])
         ceilings["curl_times_connections"] = best * min(NUM_CONNECTIONS, os.cpu_count() or 1)
     lower = min(ceilings, key=lambda name: ceilings[name])
-    ours = max(middle["nexus"]["gbps"], middle["nexus_large_chunks"]["gbps"])
+    ours = middle["nexus"]["gbps"]
     cpu = {name: one["cpu_seconds_per_gb"] for name, one in middle.items()}
     floor = cpu["sockets_to_file"] + cpu["sha256"]
     return {
@@ -221,7 +221,7 @@ def summary(rounds: dict[str, list[dict[str, float]]]) -> dict[str, object]:
         "over_curl": ours / middle["curl"]["gbps"] if "curl" in rounds else None,
         "over_sockets_to_file": ours / middle["sockets_to_file"]["gbps"],
         "cpu_floor_seconds_per_gb": floor,
-        "cpu_over_floor": min(cpu["nexus"], cpu["nexus_large_chunks"]) / floor,
+        "cpu_over_floor": cpu["nexus"] / floor,
         "rounds": rounds,
     }
 

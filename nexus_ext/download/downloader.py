@@ -53,7 +53,7 @@ class Downloader:
         self,
         *,
         max_connections: int = 8,
-        chunk_bytes: str | int = "8MiB",
+        chunk_bytes: str | int = "64MiB",
         max_retries: int = 6,
         timeout_seconds: float = 30.0,
         progress: Progress | None = None,
@@ -73,7 +73,7 @@ class Downloader:
         if block_bytes < _SMALLEST_BLOCK_BYTES:
             raise ConfigError(
                 f"chunk_bytes must be at least {_SMALLEST_BLOCK_BYTES} for each connection, got "
-                f"{chunk_bytes} for {max_connections}; 8MiB suits most networks."
+                f"{chunk_bytes} for {max_connections}; 64MiB suits most networks."
             )
         self._max_connections = max_connections
         self._limits = Limits(block_bytes, max_retries, progress)
