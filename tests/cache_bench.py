@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nexus_ext.cache import DiskTier
+from nexus_ext.cache import DiskTier, RamTier, Tier, TieredStore
+from nexus_ext.cache.shared_folder import default_folder
 
+MIB = 1 << 20
 PAGE = 4096
 # What a blob of one page of payload takes: its header is a page.
 UNIT = 2 * PAGE
@@ -64,3 +67,59 @@ def flip(path: Path, at: int, bit: int = 1) -> None:
         value = file.read(1)[0]
         file.seek(at)
         file.write(bytes([value ^ bit]))
+
+
+def tiered_stores(tmp_path: Path) -> Iterator[Callable[..., TieredStore]]:
+    """For a fixture: opens stores of up to three tiers, nvme, ssd and hdd, with room for so many
+    pages each.
+    """
+    opened: list[TieredStore] = []
+
+    def make(*units: int, under: str = "node", **options: Any) -> TieredStore:
+        names = ("nvme", "ssd", "hdd")[: len(units)]
+        tiers = [
+            Tier(tmp_path / under / name, number * UNIT, compress="off")
+            for name, number in zip(names, units, strict=True)
+        ]
+        opened.append(TieredStore(tiers, **options))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+def where(store: TieredStore) -> dict[str, str]:
+    """Key -> name of the folder that it lies in."""
+    return {entry.key: entry.folder.name for entry in store.entries()}
+
+
+def fill(store: TieredStore, number: int) -> None:
+    """Put so many layers."""
+    for index in range(number):
+        assert store.put(f"layer/{index}", [layer(index)]) is not None
+
+
+def name(number: int) -> str:
+    """A digest."""
+    return hashlib.sha256(b"%d" % number).hexdigest()
+
+
+def some(number: int, nbytes: int = MIB) -> torch.Tensor:
+    """A payload."""
+    made = torch.Generator().manual_seed(number)
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=made)
+
+
+def shared_folders(tmp_path: Path) -> Iterator[Path]:
+    """For a fixture: in shared memory, of this test alone."""
+    path = default_folder(str(tmp_path))
+    yield path
+    assert not path.exists(), "who leaves last leaves nothing"
+
+
+def ram_tiers(folder: Path) -> Iterator[RamTier]:
+    """For a fixture: a tier in `folder`."""
+    made = RamTier("16MiB", folder=folder)
+    yield made
+    made.close()

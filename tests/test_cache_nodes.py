@@ -7,56 +7,21 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from cache_bench import PAGE, UNIT, fill, layer, tiered_stores, where
 
 from nexus_ext.cache import DiskTier, RemoteStore, Tier, TieredStore
 from nexus_ext.cache.level import Level
 from nexus_ext.cache.work_locks import locked
 from nexus_ext.errors import ConfigError, CorruptCheckpoint, ReadError
 
-PAGE = 4096
-# A blob of one page of payload takes two: its header is a page.
-UNIT = 2 * PAGE
 CRASHED = 41
 
-
-def layer(number: int, nbytes: int = PAGE) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(number)
-    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Callable[..., TieredStore]]:
-    """Opens stores of three tiers ("nvme", "ssd", "hdd") with room for so many pages each."""
-    opened: list[TieredStore] = []
-
-    def make(*units: int, under: str = "node", **options: Any) -> TieredStore:
-        names = ("nvme", "ssd", "hdd")[: len(units)]
-        tiers = [
-            Tier(tmp_path / under / name, number * UNIT, compress="off")
-            for name, number in zip(names, units, strict=True)
-        ]
-        opened.append(TieredStore(tiers, **options))
-        return opened[-1]
-
-    yield make
-    for one in opened:
-        one.close()
-
-
-def where(store: TieredStore) -> dict[str, str]:
-    """Key -> name of the folder that it lies in."""
-    return {entry.key: entry.folder.name for entry in store.entries()}
-
-
-def fill(store: TieredStore, number: int) -> None:
-    for index in range(number):
-        assert store.put(f"layer/{index}", [layer(index)]) is not None
+store = pytest.fixture(tiered_stores)
 
 
 # -- damage and death ------------------------------------------------------------------------------

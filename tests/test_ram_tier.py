@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from cache_bench import MIB, name, ram_tiers, shared_folders, some
 
 from nexus_ext.cache.ram import RamTier
 from nexus_ext.cache.segment import file_bytes
-from nexus_ext.cache.shared_folder import default_folder
 from nexus_ext.errors import ConfigError, EngineClosed, ForkedEngine
 from tests.conftest import RecordCount
 
-MIB = 1 << 20
 PATIENCE_SECONDS = 60
 
 
-def name(number: int) -> str:
-    return hashlib.sha256(b"%d" % number).hexdigest()
-
-
-def some(number: int, nbytes: int = MIB) -> torch.Tensor:
-    made = torch.Generator().manual_seed(number)
-    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=made)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """In shared memory, of this test alone."""
-    path = default_folder(str(tmp_path))
-    yield path
-    assert not path.exists(), "who leaves last leaves nothing"
-
-
-@pytest.fixture
-def tier(folder: Path) -> Iterator[RamTier]:
-    made = RamTier("16MiB", folder=folder)
-    yield made
-    made.close()
+folder = pytest.fixture(shared_folders)
+tier = pytest.fixture(ram_tiers)
 
 
 # -- what goes in comes out ------------------------------------------------------------------------
